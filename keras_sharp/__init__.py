@@ -1,0 +1,17 @@
+"""Sharpness-aware training for any Keras 3 model, on TensorFlow, JAX and PyTorch."""
+
+from keras_sharp import methods, neighborhoods, schedules, sharpness
+from keras_sharp.model import SharpnessAwareModel
+from keras_sharp.objective import Objective
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Objective",
+    "SharpnessAwareModel",
+    "__version__",
+    "methods",
+    "neighborhoods",
+    "schedules",
+    "sharpness",
+]

@@ -1,0 +1,46 @@
+"""What keras_sharp needs of a backend. Backends appear nowhere else.
+
+Each engine file provides the same few names:
+
+| name | meaning |
+|---|---|
+| `value_and_gradient(fn, weights)` | `fn(weights) -> (scalar, aux)`, and the gradient; may be nested |
+| `run_if(condition, fn, variables)` | run `fn`, which assigns to `variables`, if the condition holds |
+| `apply(optimizer, gradients, variables)` | one optimizer step |
+| `average_micro_batches(fn, ...)` | `fn` over equal parts of a batch, averaged |
+| `dot`, `scale`, `add` | the three operations on lists of tensors that need speed |
+| `Trainer` | the glue into Keras' `train_step` |
+| `global_seeds`, `random_state`, `set_random_state` | random numbers that are no state of the model |
+| `check_layers(model)` | refuse layers that this backend cannot differentiate this way |
+"""
+
+import keras
+
+from keras_sharp.engine._keras import loss_tracker as loss_tracker
+from keras_sharp.engine._keras import share_compiled_state as share_compiled_state
+
+if keras.backend.backend() == "tensorflow":
+    from keras_sharp.engine import _tensorflow as _engine
+elif keras.backend.backend() == "jax":
+    from keras_sharp.engine import _jax as _engine
+elif keras.backend.backend() == "torch":
+    from keras_sharp.engine import _torch as _engine
+else:
+    raise ImportError(
+        "keras_sharp needs a backend that can train: 'tensorflow', 'jax' or 'torch'. "
+        f"Received: keras.backend.backend()={keras.backend.backend()!r}. Set the environment "
+        "variable KERAS_BACKEND to one of the three before Keras is imported."
+    )
+
+Trainer = _engine.Trainer
+add = _engine.add
+apply = _engine.apply
+average_micro_batches = _engine.average_micro_batches
+check_layers = _engine.check_layers
+dot = _engine.dot
+global_seeds = _engine.global_seeds
+random_state = _engine.random_state
+run_if = _engine.run_if
+scale = _engine.scale
+set_random_state = _engine.set_random_state
+value_and_gradient = _engine.value_and_gradient

@@ -1,0 +1,50 @@
+"""The private names of Keras that cannot be avoided, each with its reason.
+
+`tests/test_private_keras.py` fails loudly when Keras changes one of them.
+"""
+
+from keras.src.random.seed_generator import global_seed_generator
+
+
+def share_compiled_state(wrapper, model):
+    """Let a wrapped model and its wrapper use the same losses and metrics.
+
+    `compile` makes these objects from strings and functions, once for each of
+    the two models. Shared, they are built once, updated once, and both models
+    report the same numbers. There is no public way to hand them over.
+    """
+    for name in ("_compile_loss", "_compile_metrics", "_loss_tracker"):
+        # Past `Layer.__setattr__`, which would list the metrics a second time.
+        object.__setattr__(model, name, getattr(wrapper, name))
+
+
+def loss_tracker(model):
+    """The metric behind `logs["loss"]`.
+
+    `model.metrics` lists it, too, unless a subclass overrides that property.
+    """
+    return model._loss_tracker
+
+
+def build_symbolically(model, data):
+    """Build model, losses, metrics and optimizer from the shapes of a batch.
+
+    Keras calls this itself in `fit` on JAX and PyTorch. On TensorFlow it leaves
+    building to the first trace, but a pure function of the weights needs the
+    weights before it runs.
+    """
+    model._symbolic_build(data_batch=data)
+
+
+def all_layers(model):
+    """Every layer of a model, at any depth; `model.layers` lists the first level."""
+    return list(model._flatten_layers(include_self=False))
+
+
+def global_seed():
+    """The variable behind `keras.random` calls without a seed.
+
+    No layer owns it, yet a pass must start from a known value of it, and the
+    next step from a new one.
+    """
+    return global_seed_generator().state

@@ -1,0 +1,131 @@
+"""The TensorFlow engine: `tf.GradientTape`, stateful variables, `tf.cond`."""
+
+import keras
+import tensorflow as tf
+
+from keras_sharp.engine._keras import build_symbolically, global_seed
+
+
+def value_and_gradient(fn, weights):
+    """`(value, aux), gradient` of `fn(weights) -> (value, aux)`."""
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(weights)
+        value, aux = fn(weights)
+    gradient = tape.gradient(value, weights)
+    # Embeddings give IndexedSlices, in which a row may stand several times:
+    # they have no norm before their rows are added up.
+    gradient = [None if g is None else tf.convert_to_tensor(g) for g in gradient]
+    return (value, aux), gradient
+
+
+def run_if(condition, fn, variables):
+    """Run `fn`, which assigns to `variables`, if `condition` holds."""
+    del variables  # TensorFlow follows assignments by itself.
+
+    def run():
+        fn()
+        return tf.constant(True)
+
+    tf.cond(condition, run, lambda: tf.constant(False))
+
+
+def apply(optimizer, gradients, variables):
+    """One step of the optimizer."""
+    optimizer.apply(gradients, variables)
+
+
+def average_micro_batches(fn, threaded, batch, num_micro_batches):
+    """Run `fn` on equal parts of a batch, one after the other.
+
+    Args:
+        fn: `fn(threaded, micro_batch) -> (threaded, averaged, outputs)`.
+        threaded: what the first part receives, and each hands to the next.
+        batch: nested structure of tensors with a common first axis.
+        num_micro_batches: Integer, the number of parts. Their sizes differ
+            by one example at most.
+
+    Returns:
+        The last `threaded`; the mean of `averaged` over the parts, weighted
+        by their sizes; and the `outputs`, concatenated.
+    """
+    size = tf.shape(_first(batch))[0]
+    quotient, remainder = size // num_micro_batches, size % num_micro_batches
+    total, outputs = None, []
+    for i in range(num_micro_batches):
+        start = i * quotient + tf.minimum(i, remainder)
+        length = quotient + tf.cast(i < remainder, size.dtype)
+        # A last batch with fewer examples than parts leaves some parts empty.
+        # Such a part computes an example again, and counts for nothing.
+        first = tf.minimum(start, size - 1)
+        part = _map(lambda t, a=first, b=first + tf.maximum(length, 1): t[a:b], batch)
+        threaded, averaged, output = fn(threaded, part)
+        weight = tf.cast(length, tf.float32) / tf.cast(size, tf.float32)
+        total = _accumulate(total, averaged, weight)
+        outputs.append(_map(lambda t, n=length: t[:n], output))
+    outputs = keras.tree.map_structure(lambda *parts: tf.concat(parts, 0), *outputs)
+    return threaded, total, outputs
+
+
+def _first(batch):
+    return next(t for t in keras.tree.flatten(batch) if t is not None)
+
+
+def _map(fn, structure):
+    return keras.tree.map_structure(lambda t: None if t is None else fn(t), structure)
+
+
+def _accumulate(total, new, weight):
+    if total is None:
+        return _map(lambda t: t * tf.cast(weight, t.dtype), new)
+    return keras.tree.map_structure(
+        lambda a, b: a if b is None else b * tf.cast(weight, b.dtype) + (0 if a is None else a),
+        total,
+        new,
+    )
+
+
+def dot(xs, ys):
+    """The inner product of two lists of tensors, in float32 or float64."""
+    return tf.add_n([_dot(x, y) for x, y in zip(xs, ys, strict=True)])
+
+
+def _dot(x, y):
+    if x.dtype not in (tf.float32, tf.float64):
+        x, y = tf.cast(x, tf.float32), tf.cast(y, tf.float32)
+    return tf.reduce_sum(x * y)
+
+
+def scale(a, xs):
+    """`a * x` for each tensor of a list."""
+    return [(a if isinstance(a, float) else tf.cast(a, x.dtype)) * x for x in xs]
+
+
+def add(xs, ys):
+    """`x + y` for each pair of two lists, in the dtype of `x`."""
+    return [x + tf.cast(y, x.dtype) for x, y in zip(xs, ys, strict=True)]
+
+
+def global_seeds():
+    """Variables outside the model that its random numbers may come from."""
+    return [global_seed()]
+
+
+def random_state():
+    """The state of random numbers that are in no variable: TensorFlow has none here."""
+
+
+def set_random_state(state):
+    """Go back to a state of `random_state`."""
+
+
+def check_layers(model):
+    """Refuse a model with layers that a pure function of the weights cannot reach."""
+    del model  # Every trainable Keras layer works.
+
+
+class Trainer:
+    """The glue into `TensorFlowTrainer`: the step is what `tf.function` traces."""
+
+    def train_step(self, data):
+        build_symbolically(self, data)
+        return self.sharpness_aware_step(data)

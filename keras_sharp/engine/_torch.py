@@ -1,0 +1,140 @@
+"""The PyTorch engine: `torch.autograd.grad`, eager, `torch._foreach_*` on lists."""
+
+import keras
+import torch
+
+from keras_sharp.engine._keras import all_layers, global_seed
+
+
+def value_and_gradient(fn, weights):
+    """`(value, aux), gradient` of `fn(weights) -> (value, aux)`."""
+    # Weights that are already being differentiated: this call is the inner
+    # one of two, and its gradient must stay in the graph of the outer one.
+    nested = any(w.requires_grad for w in weights)
+    if not nested:
+        weights = [w.detach().requires_grad_() for w in weights]
+    with torch.enable_grad():
+        value, aux = fn(weights)
+        gradient = torch.autograd.grad(value, weights, allow_unused=True, create_graph=nested)
+    if not nested:
+        value, aux = keras.tree.map_structure(_detach, (value, aux))
+    return (value, aux), list(gradient)
+
+
+def _detach(t):
+    return t.detach() if isinstance(t, torch.Tensor) else t
+
+
+def run_if(condition, fn, variables):
+    """Run `fn`, which assigns to `variables`, if `condition` holds."""
+    del variables  # PyTorch runs at once: there is nothing to follow.
+    if condition:
+        fn()
+
+
+def apply(optimizer, gradients, variables):
+    """One step of the optimizer."""
+    with torch.no_grad():
+        optimizer.apply(gradients, variables)
+
+
+def average_micro_batches(fn, threaded, batch, num_micro_batches):
+    """Run `fn` on equal parts of a batch, one after the other.
+
+    Args:
+        fn: `fn(threaded, micro_batch) -> (threaded, averaged, outputs)`.
+        threaded: what the first part receives, and each hands to the next.
+        batch: nested structure of tensors with a common first axis.
+        num_micro_batches: Integer, the number of parts. Their sizes differ
+            by one example at most.
+
+    Returns:
+        The last `threaded`; the mean of `averaged` over the parts, weighted
+        by their sizes; and the `outputs`, concatenated.
+    """
+    size = next(t for t in keras.tree.flatten(batch) if t is not None).shape[0]
+    quotient, remainder = divmod(size, num_micro_batches)
+    total, outputs, start = None, [], 0
+    for i in range(min(num_micro_batches, size)):
+        length = quotient + (i < remainder)
+        part = _map(lambda t, a=start, b=start + length: t[a:b], batch)
+        start += length
+        threaded, averaged, output = fn(threaded, part)
+        total = _accumulate(total, averaged, length / size)
+        outputs.append(output)
+    outputs = keras.tree.map_structure(lambda *parts: torch.cat(parts), *outputs)
+    return threaded, total, outputs
+
+
+def _map(fn, structure):
+    return keras.tree.map_structure(lambda t: None if t is None else fn(t), structure)
+
+
+def _accumulate(total, new, weight):
+    if total is None:
+        return _map(lambda t: t * weight, new)
+    return keras.tree.map_structure(
+        lambda a, b: a if b is None else b * weight + (0 if a is None else a), total, new
+    )
+
+
+def dot(xs, ys):
+    """The inner product of two lists of tensors, in float32 or float64."""
+    return torch.stack([_dot(x, y) for x, y in zip(xs, ys, strict=True)]).sum()
+
+
+def _dot(x, y):
+    if x.dtype not in (torch.float32, torch.float64):
+        x, y = x.float(), y.float()
+    return torch.dot(x.reshape(-1), y.reshape(-1))
+
+
+def scale(a, xs):
+    """`a * x` for each tensor of a list."""
+    return list(torch._foreach_mul(xs, a)) if xs else []
+
+
+def add(xs, ys):
+    """`x + y` for each pair of two lists, in the dtype of `x`."""
+    return list(torch._foreach_add(xs, ys)) if xs else []
+
+
+def global_seeds():
+    """Variables outside the model that its random numbers may come from."""
+    return [global_seed()]
+
+
+def random_state():
+    """The state of random numbers that are in no variable.
+
+    `keras.layers.Dropout` without a seed draws from the generator of PyTorch.
+    """
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None
+
+
+def set_random_state(state):
+    """Go back to a state of `random_state`."""
+    cpu, gpu = state
+    torch.set_rng_state(cpu)
+    if gpu is not None:
+        torch.cuda.set_rng_state(gpu)
+
+
+def check_layers(model):
+    """Refuse a model with layers that a pure function of the weights cannot reach."""
+    for layer in all_layers(model):
+        if isinstance(layer, keras.layers.TorchModuleWrapper):
+            raise ValueError(
+                f"The layer {layer.name!r} wraps a torch.nn.Module, which reads its own parameters "
+                "and not the perturbed weights: its gradient would be taken at the wrong point. "
+                "Received a model with a keras.layers.TorchModuleWrapper; expected Keras layers "
+                "only. Rebuild this part from keras.layers."
+            )
+
+
+class Trainer:
+    """The glue into `TorchTrainer`: the step runs eagerly."""
+
+    def train_step(self, data):
+        return self.sharpness_aware_step(data)

@@ -1,0 +1,38 @@
+"""Looking things up by name, with a helpful error when there is no such thing."""
+
+import difflib
+
+import keras
+
+
+def look_up(identifier, base, table, kind):
+    """An instance of `base`: from a name in `table`, a config, or the instance itself."""
+    if isinstance(identifier, base):
+        return identifier
+    if isinstance(identifier, dict):
+        found = keras.saving.deserialize_keras_object(identifier)
+        if isinstance(found, base):
+            return found
+    if isinstance(identifier, str):
+        name = identifier.lower().replace("-", "_")
+        if name in table:
+            return table[name]()
+        raise ValueError(
+            f"There is no {kind} named {identifier!r}.{did_you_mean(name, table)} "
+            f"Expected one of {sorted(table)}, or an instance of "
+            f"{base.__module__}.{base.__name__}."
+        )
+    hint = ""
+    if isinstance(identifier, type) and issubclass(identifier, base):
+        hint = f" Pass an instance of the class: {identifier.__name__}()."
+    raise ValueError(
+        f"A {kind} must be one of the names {sorted(table)} or an instance of "
+        f"{base.__module__}.{base.__name__}. Received: {identifier!r} "
+        f"(of type {type(identifier).__name__}).{hint}"
+    )
+
+
+def did_you_mean(name, names):
+    """A question that names the nearest spelling, or nothing."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,82 @@
+"""The sharpness-aware methods, one file per paper."""
+
+import keras
+
+from keras_sharp.identifiers import look_up
+from keras_sharp.methods.adaptive_gsam import AdaptiveGSAM
+from keras_sharp.methods.asam import ASAM
+from keras_sharp.methods.bsam import BSAM
+from keras_sharp.methods.gsam import GSAM
+from keras_sharp.methods.method import Method
+from keras_sharp.methods.sam import SAM
+
+__all__ = [
+    "ASAM",
+    "BSAM",
+    "GSAM",
+    "METHODS",
+    "SAM",
+    "AdaptiveGSAM",
+    "Method",
+    "deserialize",
+    "get",
+    "serialize",
+]
+
+#: Every method by its name. The property tests run over this table.
+METHODS = {
+    "sam": SAM,
+    "asam": ASAM,
+    "gsam": GSAM,
+    "adaptive_gsam": AdaptiveGSAM,
+    "bsam": BSAM,
+}
+
+
+def get(identifier):
+    """A method, from its name, its config or itself.
+
+    Args:
+        identifier: a name such as `"sam"` or `"adaptive_gsam"`, the config
+            that `serialize` returned, or a `Method`.
+
+    Returns:
+        A `Method`.
+
+    Raises:
+        ValueError: if there is no such method; the error names the nearest
+            spelling.
+
+    Example:
+
+    >>> keras_sharp.methods.get("gsam").get_config()["alpha"]
+    0.4
+    """
+    return look_up(identifier, Method, METHODS, "method")
+
+
+def serialize(method):
+    """The config of a method, as a dictionary that JSON can hold.
+
+    Args:
+        method: a `Method`.
+
+    Returns:
+        A dictionary.
+    """
+    return keras.saving.serialize_keras_object(method)
+
+
+def deserialize(config):
+    """A method from what `serialize` returned.
+
+    Args:
+        config: a dictionary.
+
+    Returns:
+        A `Method`.
+
+    Raises:
+        ValueError: if the config is not that of a method.
+    """
+    return look_up(dict(config), Method, METHODS, "method")

@@ -1,0 +1,633 @@
+"""`SharpnessAwareModel`: the wrapper that trains a Keras model with a method."""
+
+import inspect
+import warnings
+
+import keras
+from keras import ops
+
+from keras_sharp import engine, methods, vectors
+from keras_sharp.identifiers import did_you_mean
+from keras_sharp.objective import Objective
+
+#: Logs that are computed only if asked for, by `extra_logs`.
+EXTRA_LOGS = ("perturbed_loss", "sharpness", "grad_norm", "grad_cosine", "skipped_steps")
+
+_OVERRIDDEN = (
+    "The wrapped model has a `{name}` of its own, which SharpnessAwareModel would bypass. Received: "
+    "a model of the class {cls}. Expected a model that leaves `{name}` to keras.Model. {advice}"
+)
+_ADVICE = {
+    "train_step": (
+        "A custom loss belongs in `compute_loss` and custom metrics in `compute_metrics`: both are "
+        "kept. A model whose step is more than loss and gradient (a GAN, say) cannot be wrapped."
+    ),
+    "test_step": "Custom evaluation belongs in `compute_loss` and `compute_metrics`: both are kept.",
+    "predict_step": "Let `call` return what `predict` is to return.",
+    "fit": "Do what it adds, such as preprocessing, to the data before `fit`.",
+    "evaluate": "Do what it adds, such as preprocessing, to the data before `evaluate`.",
+    "predict": "Do what it adds, such as preprocessing, to the data before `predict`.",
+}
+
+
+@keras.saving.register_keras_serializable(package="keras_sharp")
+class SharpnessAwareModel(engine.Trainer, keras.Model):
+    """Trains a Keras model with SAM, ASAM, GSAM, Adaptive-GSAM or BSAM.
+
+    Wrap the model you have, then call `compile` and `fit` as always:
+
+    ```python
+    model = keras_sharp.SharpnessAwareModel(my_model, method="sam")
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.fit(x, y, epochs=10)
+    my_model.predict(x)  # the wrapped model holds the trained weights
+    ```
+
+    `loss` and all metrics in the logs are those of the unperturbed weights, as
+    plain training would report them. The statistics of BatchNormalization
+    move once per step, from the unperturbed pass; all passes of a step see
+    the same dropout masks. A step with a loss or a gradient that is not
+    finite is skipped as a whole: weights, optimizer, statistics and the state
+    of the method stay as they were, and `skipped_steps` counts it.
+
+    Args:
+        model: the `keras.Model` to train: Sequential, Functional or
+            subclassed, built or not. Its own `compute_loss` and
+            `compute_metrics` are kept. It is compiled along with the wrapper
+            and can be used by itself at any time.
+        method: the name of a method (`"sam"`, `"asam"`, `"gsam"`,
+            `"adaptive_gsam"`, `"bsam"`) or a `keras_sharp.methods.Method`.
+            Defaults to `"sam"`.
+        num_micro_batches: Integer >= 1. Into how many parts a batch is split,
+            each of which gets a perturbation of its own; the directions are
+            averaged (m-sharpness). Defaults to `1`. In BatchNormalization
+            each part is normalized by itself, as on several devices.
+        name: String, the name of the model. Defaults to `None`, a name made
+            by Keras.
+        perturb: which weights take part in the perturbation; the others are
+            trained all the same. One of `"all"`, `"no_bias_no_norm"` (neither
+            biases nor the weights of normalization layers), `"norm_only"`
+            (only those, as SAM-ON: [Mueller et al., 2023](
+            https://arxiv.org/abs/2306.04226)), or a function that receives a
+            variable and returns a Boolean. Defaults to `"all"`.
+        fresh_noise: Boolean. If `True`, the perturbed passes draw dropout
+            masks of their own. Defaults to `False`: the same masks in all
+            passes, so that the passes differ by the perturbation alone.
+        extra_logs: which of `"perturbed_loss"`, `"sharpness"` (perturbed minus
+            clean loss), `"grad_norm"`, `"grad_cosine"` (of the gradients at
+            the weights and at the adversary) and `"skipped_steps"` to add to
+            the logs of training. Defaults to `()`: only `"rho"`.
+
+    Raises:
+        ValueError: if an argument is not one of these, if the model is
+            wrapped already, or has a `train_step` of its own.
+
+    Example:
+
+    >>> inner = keras.Sequential([keras.layers.Dense(8, "relu"), keras.layers.Dense(1)])
+    >>> model = keras_sharp.SharpnessAwareModel(inner, method="gsam")
+    >>> model.compile("adam", "mse")
+    >>> logs = model.train_on_batch(np.ones((8, 4)), np.ones((8, 1)), return_dict=True)
+    >>> sorted(logs)
+    ['loss', 'rho']
+
+    Reference:
+        - [Foret et al., 2021](https://arxiv.org/abs/2010.01412)
+    """
+
+    def __init__(
+        self,
+        model,
+        method="sam",
+        num_micro_batches=1,
+        name=None,
+        *,
+        perturb="all",
+        fresh_noise=False,
+        extra_logs=(),
+    ):
+        _check_model(model)
+        if (
+            isinstance(num_micro_batches, bool)
+            or not isinstance(num_micro_batches, int)
+            or num_micro_batches < 1
+        ):
+            raise ValueError(
+                "`num_micro_batches`, the number of parts into which a batch is split, must be an "
+                f"integer >= 1. Received: num_micro_batches={num_micro_batches!r}"
+            )
+        if not isinstance(fresh_noise, bool):
+            raise ValueError(
+                f"`fresh_noise` must be True or False. Received: fresh_noise={fresh_noise!r}"
+            )
+        # The wrapped model converts its inputs by itself.
+        super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
+        self.model = model
+        self.method = methods.get(method)
+        self.num_micro_batches = num_micro_batches
+        self.perturb = perturb
+        self.fresh_noise = fresh_noise
+        self.extra_logs = _check_extra_logs(extra_logs)
+        self._takes_part = _perturbation_rule(perturb)
+        self._checked = False
+        self._largest_batch = 0
+
+        self.skipped_steps = self.add_weight(
+            shape=(), dtype="int32", initializer="zeros", trainable=False, name="skipped_steps"
+        )
+        self.highest_learning_rate = self.add_weight(
+            shape=(), dtype="float32", initializer="zeros", trainable=False, name="max_lr"
+        )
+        # Held by the model as well, to be saved and carried along with its weights.
+        self.hyperparameter_variables = [s.variable for s in self.method.settings.values()]
+        self.method_state = None
+        self._extra_metrics = [
+            keras.metrics.Mean(name=key) for key in self.extra_logs if key != "skipped_steps"
+        ]
+        if model.built:
+            self._build_method_state()
+            self.built = True
+
+    # Building and calling
+
+    def call(self, inputs, training=None):
+        outputs = self.model(inputs, training=training)
+        if self.method_state is None:
+            self._build_method_state()
+        return outputs
+
+    def _build_method_state(self):
+        arrays = self.method.initial_state(self.model.trainable_variables)
+        self.method_state = [
+            self.add_weight(
+                shape=a.shape,
+                dtype=str(a.dtype),
+                initializer=lambda shape, dtype, a=a: ops.convert_to_tensor(a, dtype),
+                trainable=False,
+                name=f"method_state_{i}",
+            )
+            for i, a in enumerate(arrays)
+        ]
+
+    # Compiling
+
+    def compile(self, *args, **kwargs):
+        """Configure the model for training, as `keras.Model.compile` does.
+
+        The wrapped model is compiled along, with the same optimizer, loss and
+        metrics.
+
+        Args:
+            *args: see `keras.Model.compile`.
+            **kwargs: see `keras.Model.compile`.
+        """
+        bound = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs).arguments
+        bound.pop("self")
+        super().compile(**bound)
+        self.model.compile(**{**bound, "optimizer": self.optimizer})
+        engine.share_compiled_state(self, self.model)
+        self._checked = False
+        if self.num_micro_batches > 1:
+            _check_reduction(bound.get("loss"))
+
+    def compile_from_config(self, config):
+        """Compile with what `get_compile_config` returned."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.model.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The loss of the wrapped model, regularizers and `add_loss` included."""
+        kwargs = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight}
+        # Models written before Keras 3.3 have no `training` argument here.
+        if "training" in inspect.signature(self.model.compute_loss).parameters:
+            kwargs["training"] = training
+        return self.model.compute_loss(**kwargs)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """The metrics of the wrapped model."""
+        return self.model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    @property
+    def metrics(self):
+        """The metrics of the wrapped model, and those of `extra_logs`."""
+        return [*self.model.metrics, *self._extra_metrics] if self.compiled else []
+
+    def get_metrics_result(self):
+        """The results that `evaluate` reports: those of the wrapped model."""
+        return self.model.get_metrics_result()
+
+    # Training
+
+    def make_train_function(self, force=False):
+        """Check what can be checked before the first step, then do as Keras does."""
+        engine.global_seeds()  # Made here, not while a function is traced.
+        if self.model.built:
+            self._check_trainable()
+        return super().make_train_function(force)
+
+    def fit(self, x=None, y=None, batch_size=None, *args, **kwargs):
+        """Train the model, as `keras.Model.fit` does.
+
+        Args:
+            x: see `keras.Model.fit`.
+            y: see `keras.Model.fit`.
+            batch_size: see `keras.Model.fit`.
+            *args: see `keras.Model.fit`.
+            **kwargs: see `keras.Model.fit`.
+
+        Returns:
+            A `keras.callbacks.History`.
+
+        Raises:
+            ValueError: if the model was not compiled, has no trainable
+                weights, or if a batch is too small for `num_micro_batches`.
+        """
+        if self.num_micro_batches > 1:
+            self._check_batch_size(_first_batch_size(x, batch_size))
+        skipped_before = int(self.skipped_steps)
+        history = super().fit(x, y, batch_size, *args, **kwargs)
+        skipped = int(self.skipped_steps) - skipped_before
+        if skipped and not self._scales_loss_dynamically():
+            warnings.warn(
+                f"{skipped} training steps were skipped, because a loss or a gradient was not "
+                "finite. The weights were left as they were. Look for NaN or inf in the data, "
+                "lower the learning rate or rho, or clip the gradients.",
+                stacklevel=2,
+            )
+        return history
+
+    def sharpness_aware_step(self, data):
+        """One step of training, on any backend: the engines run it as `train_step`.
+
+        Args:
+            data: a batch, as Keras hands it to `train_step`.
+
+        Returns:
+            The logs, a dictionary.
+        """
+        self._check_trainable()
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        size = ops.shape(next(t for t in keras.tree.flatten(x) if t is not None))[0]
+        hyperparameters = self._advance_hyperparameters()
+        carried = [ops.convert_to_tensor(v) for v in self._carried_variables()]
+        batch = (x, y, sample_weight)
+
+        def direction(carried, batch):
+            return self._direction(carried, batch, hyperparameters)
+
+        if self.num_micro_batches == 1:
+            carried, result, y_pred = direction(carried, batch)
+        else:
+            self._check_batch_size(size)
+            carried, result, y_pred = engine.average_micro_batches(
+                direction, carried, batch, self.num_micro_batches
+            )
+        self._commit(carried, result)
+        return self._update_logs(x, y, y_pred, sample_weight, size, result, hyperparameters)
+
+    def _direction(self, carried, batch, hyperparameters):
+        """The update direction for one (micro-)batch. Writes to no variable.
+
+        Returns:
+            A triple: the values of `_carried_variables` afterwards; a
+            dictionary of what is averaged over micro-batches; the predictions.
+        """
+        x, y, sample_weight = batch
+        weights = self.model.trainable_variables
+        carried_variables, statistics = self._carried_variables(), self._statistics()
+        statistics_before = [ops.convert_to_tensor(v) for v in statistics]
+        scale = self._loss_scale()
+        random_state = engine.random_state()
+
+        def objective(carried, fresh):
+            def loss(w):
+                if not fresh:
+                    engine.set_random_state(random_state)
+                state = [
+                    *zip(carried_variables, carried, strict=True),
+                    *zip(statistics, statistics_before, strict=True),
+                ]
+                return self._loss(w, state, x, y, sample_weight)
+
+            return Objective.with_aux(
+                loss,
+                perturbed=[self._takes_part(v) and not _is_overwritten(v) for v in weights],
+                biases=[is_bias(v) for v in weights],
+                frozen=[_is_overwritten(v) for v in weights],
+                loss_scale=scale,
+            )
+
+        w = [ops.stop_gradient(ops.convert_to_tensor(v)) for v in weights]
+        clean = objective(carried, fresh=False)
+        loss, g = clean(w)
+        y_pred, carried_after, statistics_after = clean.aux
+        # Same noise: the passes start from the same seeds and states.
+        perturbed = objective(carried_after, fresh=True) if self.fresh_noise else clean
+        direction, method_state = self.method.step(
+            perturbed, w, g, [ops.convert_to_tensor(v) for v in self.method_state], **hyperparameters
+        )
+        if self.fresh_noise and perturbed.evaluations:
+            # The next step must not see the masks of this one's last pass.
+            carried_after = perturbed.aux[1]
+
+        finite = ops.logical_and(clean.finite, perturbed.finite)
+        if scale is not None:
+            direction = vectors.scale(scale, direction)
+        if clean.frozen_gradient:
+            direction = vectors.add(direction, clean.frozen_gradient)
+        adversary = (clean.evaluations + perturbed.evaluations)[-1]
+        result = {
+            "loss": loss,
+            "direction": list(direction),
+            "statistics": statistics_after,
+            "method_state": list(method_state),
+            # A count, so that the mean over micro-batches is 0 only if all are finite.
+            "not_finite": 1.0 - ops.cast(finite, "float32"),
+            "extra_logs": self._extra_values(loss, g, adversary),
+        }
+        return carried_after, result, y_pred
+
+    def _loss(self, w, state, x, y, sample_weight):
+        """Loss of a batch as a pure function of weights and state.
+
+        Returns:
+            The loss and a triple: predictions, the values of the carried
+            variables, and those of the statistics; `None` for statistics that
+            the pass did not touch.
+        """
+        mapping = [*zip(self.model.trainable_variables, w, strict=True), *state]
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
+            before = [scope.get_current_value(v) for v in self._statistics()]
+            y_pred = self.model(x, training=True)
+            loss = self.compute_loss(
+                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+            )
+        carried = [scope.get_current_value(v) for v in self._carried_variables()]
+        after = [scope.get_current_value(v) for v in self._statistics()]
+        changed = [None if a is b else a for a, b in zip(after, before, strict=True)]
+        return loss, (y_pred, carried, changed)
+
+    def _commit(self, carried, result):
+        """Write the outcome of a step into the variables, all of it or nothing."""
+        finite = ops.equal(result["not_finite"], 0)
+        weights, optimizer = self.model.trainable_variables, self.optimizer
+        own_skip = self._scales_loss_dynamically()
+        metrics = {id(v) for v in self.metrics_variables}
+        state = [
+            *zip(self._carried_variables(), carried, strict=True),
+            *zip(self._statistics(), result["statistics"], strict=True),
+            *zip(self.method_state, result["method_state"], strict=True),
+        ]
+        for variable, value in state:  # Metrics also tell of steps that are skipped.
+            if id(variable) in metrics:
+                variable.assign(value)
+        state = [(v, value) for v, value in state if value is not None and id(v) not in metrics]
+
+        def write():
+            for variable, value in state:
+                variable.assign(value)
+            if not own_skip:
+                engine.apply(optimizer, result["direction"], weights)
+
+        written = [v for v, _ in state]
+        if not own_skip:
+            written += [*weights, *optimizer.variables]
+        engine.run_if(finite, write, written)
+        if own_skip:
+            # It skips the step, and lowers its scale, when it sees a NaN.
+            poison = ops.where(finite, 0.0, float("nan"))
+            direction = vectors.map_present(
+                lambda d: d + ops.cast(poison, d.dtype), result["direction"]
+            )
+            engine.apply(optimizer, direction, weights)
+        self.skipped_steps.assign_add(1 - ops.cast(finite, self.skipped_steps.dtype))
+
+    def _update_logs(self, x, y, y_pred, sample_weight, size, result, hyperparameters):
+        engine.loss_tracker(self).update_state(result["loss"], sample_weight=size)
+        logs = dict(self.compute_metrics(x, y, y_pred, sample_weight))
+        for metric in self._extra_metrics:
+            metric.update_state(result["extra_logs"][metric.name], sample_weight=size)
+            logs[metric.name] = metric.result()
+        if "skipped_steps" in self.extra_logs:
+            logs["skipped_steps"] = ops.convert_to_tensor(self.skipped_steps)
+        if "rho" in hyperparameters:
+            logs["rho"] = hyperparameters["rho"]
+        return logs
+
+    def _extra_values(self, loss, g, adversary):
+        values = {
+            "perturbed_loss": lambda: adversary.loss,
+            "sharpness": lambda: adversary.loss - loss,
+            "grad_norm": lambda: vectors.norm(g),
+            "grad_cosine": lambda: vectors.cosine(g, adversary.gradient),
+        }
+        return {metric.name: values[metric.name]() for metric in self._extra_metrics}
+
+    def _advance_hyperparameters(self):
+        """The hyperparameters of this step, written into their variables."""
+
+        def learning_rate():
+            now = ops.cast(self.optimizer.learning_rate, self.highest_learning_rate.dtype)
+            highest = ops.maximum(now, ops.convert_to_tensor(self.highest_learning_rate))
+            self.highest_learning_rate.assign(highest)
+            return now, highest
+
+        step = ops.convert_to_tensor(self.optimizer.iterations)
+        values = {}
+        for name, setting in self.method.settings.items():
+            values[name] = setting.value_at(step, learning_rate)
+            if setting.schedule is not None:
+                setting.variable.assign(values[name])
+        return values
+
+    def _carried_variables(self):
+        """What each micro-batch hands on to the next: seeds, counters, metrics."""
+        counters = [
+            v
+            for v in self.model.non_trainable_variables
+            if not keras.backend.is_float_dtype(v.dtype)
+        ]
+        return [*counters, *engine.global_seeds(), *self.metrics_variables]
+
+    def _statistics(self):
+        """What is averaged over micro-batches: the float state of the layers."""
+        return [
+            v for v in self.model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)
+        ]
+
+    def _loss_scale(self):
+        """The factor that keeps float16 gradients from underflow, or `None`."""
+        if self._scales_loss_dynamically() or self.optimizer.loss_scale_factor is not None:
+            return self.optimizer.scale_loss(ops.ones((), "float32"))
+        return None
+
+    def _scales_loss_dynamically(self):
+        return isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
+
+    # Checks
+
+    def _check_trainable(self):
+        if self._checked:
+            return
+        variables = self.model.trainable_variables
+        if not variables:
+            raise ValueError(
+                f"The model {self.model.name!r} has no trainable weights: there is nothing to "
+                "train or to perturb. Set `trainable = True` on some layer, and compile again."
+            )
+        if not any(self._takes_part(v) for v in variables):
+            raise ValueError(
+                f"`perturb` selects none of the {len(variables)} trainable weights of the model "
+                f"{self.model.name!r}. Received: perturb={self.perturb!r}. Expected at least one "
+                f"weight; the model has {[v.path for v in variables[:5]]} ..."
+            )
+        if self.num_micro_batches > 1 and any(_is_overwritten(v) for v in variables):
+            raise ValueError(
+                "Weights of a float8 layer that are overwritten with their gradient cannot be "
+                "averaged over micro-batches. Received: num_micro_batches="
+                f"{self.num_micro_batches}. Set num_micro_batches=1."
+            )
+        if any(keras.backend.standardize_dtype(v.dtype) == "bfloat16" for v in variables):
+            warnings.warn(
+                "The model has bfloat16 weights, in whose rounding a perturbation of usual size "
+                "drowns: a change of 5e-4 survives in about one weight of eight. Use the dtype "
+                "policy 'mixed_bfloat16', which keeps float32 weights.",
+                stacklevel=2,
+            )
+        engine.check_layers(self.model)
+        self._checked = True
+
+    def _check_batch_size(self, size):
+        """Refuse batches with fewer examples than parts, but for a last, partial one."""
+        if not isinstance(size, int):
+            return
+        self._largest_batch = max(self._largest_batch, size)
+        if self._largest_batch < self.num_micro_batches:
+            raise ValueError(
+                "`num_micro_batches` is larger than the batch: each part needs an example. "
+                f"Received: num_micro_batches={self.num_micro_batches} and a batch of {size} "
+                "examples. Use larger batches or fewer micro-batches."
+            )
+
+    # Saving
+
+    def export(self, *args, **kwargs):
+        """Export the wrapped model for inference, as `keras.Model.export` does."""
+        return self.model.export(*args, **kwargs)
+
+    def get_config(self):
+        """The arguments of the constructor, as plain values."""
+        return {
+            "model": keras.saving.serialize_keras_object(self.model),
+            "method": methods.serialize(self.method),
+            "num_micro_batches": self.num_micro_batches,
+            "name": self.name,
+            "perturb": keras.saving.serialize_keras_object(self.perturb),
+            "fresh_noise": self.fresh_noise,
+            "extra_logs": list(self.extra_logs),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Make a model from what `get_config` returned."""
+        config = dict(config)
+        for name in ("model", "method", "perturb"):
+            config[name] = keras.saving.deserialize_keras_object(
+                config[name], custom_objects=custom_objects
+            )
+        return cls(**config)
+
+
+def is_bias(variable):
+    """Whether a variable is a bias, which ASAM leaves unscaled: by its name in Keras."""
+    return variable.name in ("bias", "beta") or variable.name.endswith("_bias")
+
+
+def is_norm(variable):
+    """Whether a variable belongs to a normalization layer: by its name and that of its layer."""
+    layer = variable.path.split("/")[-2] if "/" in variable.path else ""
+    return variable.name in ("gamma", "beta") or "norm" in layer
+
+
+PERTURB = {
+    "all": lambda variable: True,
+    "no_bias_no_norm": lambda variable: not (is_bias(variable) or is_norm(variable)),
+    "norm_only": is_norm,
+}
+
+
+def _perturbation_rule(perturb):
+    if callable(perturb):
+        return perturb
+    if isinstance(perturb, str) and perturb in PERTURB:
+        return PERTURB[perturb]
+    hint = did_you_mean(perturb, PERTURB) if isinstance(perturb, str) else ""
+    raise ValueError(
+        f"`perturb` must be one of {list(PERTURB)} or a function that receives a variable and "
+        f"returns a Boolean. Received: perturb={perturb!r}.{hint}"
+    )
+
+
+def _is_overwritten(variable):
+    """Float8 scales: what stands in place of their gradient is their next value."""
+    return getattr(variable, "overwrite_with_gradient", False)
+
+
+def _check_model(model):
+    if isinstance(model, SharpnessAwareModel):
+        raise ValueError(
+            f"The model {model.name!r} is a SharpnessAwareModel already: a wrapper cannot be "
+            "wrapped. Wrap `model.model`, the plain Keras model inside, instead."
+        )
+    if not isinstance(model, keras.Model):
+        hint = " Pass an instance of the class." if isinstance(model, type) else ""
+        raise ValueError(
+            "SharpnessAwareModel wraps a keras.Model (Sequential, Functional or subclassed). "
+            f"Received: {model!r} (of type {type(model).__name__}).{hint}"
+        )
+    for name, advice in _ADVICE.items():
+        if not _is_from_keras(getattr(type(model), name)):
+            raise ValueError(
+                _OVERRIDDEN.format(name=name, cls=type(model).__name__, advice=advice)
+            )
+
+
+def _is_from_keras(function):
+    """Whether a method is the one that keras.Model has."""
+    return getattr(function, "__module__", "").split(".")[0] == "keras"
+
+
+def _check_extra_logs(extra_logs):
+    if isinstance(extra_logs, str):
+        extra_logs = (extra_logs,)
+    for name in extra_logs:
+        if name not in EXTRA_LOGS:
+            raise ValueError(
+                f"There is no log named {name!r}.{did_you_mean(str(name), EXTRA_LOGS)} "
+                f"Expected names from {list(EXTRA_LOGS)}. Received: extra_logs={extra_logs!r}"
+            )
+    return tuple(extra_logs)
+
+
+def _check_reduction(loss):
+    for part in keras.tree.flatten(loss):
+        if getattr(part, "reduction", None) == "sum":
+            raise ValueError(
+                "A loss that is summed over the batch cannot be averaged over micro-batches: the "
+                "step would shrink with their number. Received: a loss with reduction='sum' and "
+                "num_micro_batches > 1. Use reduction='sum_over_batch_size'."
+            )
+
+
+def _first_batch_size(x, batch_size):
+    """The number of examples in the first batch of `fit`, or `None` if it can't be known."""
+    if hasattr(x, "element_spec"):  # tf.data, where the static shape is often unknown
+        x = next(iter(x))
+    elif isinstance(x, keras.utils.PyDataset):
+        x = x[0]
+    else:
+        first = keras.tree.flatten(x)[0]
+        shape = getattr(first, "shape", None)
+        return min(int(shape[0]), batch_size or 32) if shape else None
+    return int(keras.tree.flatten(x)[0].shape[0])

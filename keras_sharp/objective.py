@@ -1,0 +1,138 @@
+"""The loss of one batch as a pure function of the weights."""
+
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_sharp import engine, vectors
+
+
+class Evaluation(NamedTuple):
+    """What the objective answers: how high is it here, and which way is up.
+
+    Attributes:
+        loss: scalar tensor.
+        gradient: list with one tensor per weight, or `None` for a weight that
+            the loss does not depend on.
+    """
+
+    loss: object
+    gradient: vectors.Vector
+
+
+class Objective:
+    """Loss and gradient of one batch at any weights: `objective(w)`.
+
+    Asking changes nothing: every call sees the same batch, the same dropout
+    masks and the same state of the model, and writes to no variable. A method
+    may ask as often as it likes; each call costs a forward and a backward pass.
+
+    Args:
+        loss_fn: function of the weights, a list of tensors, that returns the
+            loss, a scalar tensor.
+        perturbed: list of Booleans, one per weight: `True` if the weight
+            takes part in the perturbation. Defaults to all of them.
+        biases: list of Booleans, one per weight: `True` for a bias, which
+            ASAM does not scale. Defaults to none.
+        frozen: list of Booleans, one per weight: `True` if its gradient is
+            none of the method's business. Defaults to none.
+        loss_scale: scalar by which the loss is multiplied before, and the
+            gradient divided after, the backward pass, for float16. Defaults
+            to `None`, no scaling.
+
+    Example:
+
+    >>> objective = Objective(lambda w: 0.5 * ops.sum(w[0] ** 2))
+    >>> loss, gradient = objective([ops.convert_to_tensor([3.0, 4.0])])
+    >>> float(loss)
+    12.5
+    """
+
+    def __init__(self, loss_fn, perturbed=None, biases=None, frozen=None, loss_scale=None):
+        self._value = lambda w: (loss_fn(w), None)
+        self._perturbed = perturbed
+        self.biases = biases
+        self._frozen = frozen
+        self._loss_scale = loss_scale
+        #: Each `Evaluation` asked for so far, but not those inside `through`.
+        self.evaluations = []
+        #: What the loss function returned beside the loss, the last time.
+        self.aux = None
+        #: The gradient of the frozen weights alone, the last time.
+        self.frozen_gradient = []
+
+    @classmethod
+    def with_aux(cls, value_fn, **kwargs):
+        """An objective from a function that returns `(loss, aux)`."""
+        objective = cls(None, **kwargs)
+        objective._value = value_fn
+        return objective
+
+    def __call__(self, w):
+        """Loss and gradient at the weights `w`.
+
+        Args:
+            w: list of tensors, one per weight.
+
+        Returns:
+            An `Evaluation`, the pair `(loss, gradient)`.
+        """
+        return self._evaluate(self._value, w)
+
+    def through(self, ascent, w):
+        """Loss and exact gradient of `L(ascent(w))` as a function of `w`.
+
+        `objective(ascent(w))` gives the gradient at the perturbed weights;
+        here the perturbation is differentiated as well, which brings in the
+        Hessian.
+
+        Args:
+            ascent: function `(objective, w) -> w_adv`. The objective that it
+                receives is this one, in a form that can be differentiated.
+            w: list of tensors, one per weight.
+
+        Returns:
+            An `Evaluation`.
+        """
+        inner = Objective.with_aux(
+            lambda v: (self._value(v)[0], None),
+            perturbed=self._perturbed,
+            biases=self.biases,
+            frozen=self._frozen,
+            loss_scale=self._loss_scale,
+        )
+        return self._evaluate(lambda v: self._value(ascent(inner, v)), w)
+
+    def perturbed(self, g):
+        """`g` without the entries of weights that are not to be perturbed."""
+        if self._perturbed is None or all(self._perturbed):
+            return g
+        return [t if take else None for t, take in zip(g, self._perturbed, strict=True)]
+
+    @property
+    def finite(self):
+        """Scalar Boolean tensor: were all losses and gradients so far finite?"""
+        checks = [ops.isfinite(e.loss) for e in self.evaluations]
+        checks += [ops.isfinite(vectors.norm(e.gradient)) for e in self.evaluations]
+        return ops.all(ops.stack(checks))
+
+    def _evaluate(self, value_fn, w):
+        def scaled(weights):
+            loss, aux = value_fn(weights)
+            if self._loss_scale is None:
+                return loss, (loss, aux)
+            return loss * ops.cast(self._loss_scale, loss.dtype), (loss, aux)
+
+        (_, (loss, self.aux)), gradient = engine.value_and_gradient(scaled, w)
+        if self._frozen is not None and any(self._frozen):
+            pairs = list(zip(gradient, self._frozen, strict=True))
+            self.frozen_gradient = [g if frozen else None for g, frozen in pairs]
+            gradient = [None if frozen else g for g, frozen in pairs]
+        if self._loss_scale is not None:
+            # Before any norm or inner product is taken.
+            gradient = vectors.map_present(
+                lambda g: g / ops.cast(self._loss_scale, g.dtype), gradient
+            )
+        evaluation = Evaluation(loss, vectors.Vector(gradient))
+        self.evaluations.append(evaluation)
+        return evaluation

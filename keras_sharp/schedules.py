@@ -1,0 +1,189 @@
+"""Numbers that change during training: rho and its like."""
+
+import math
+
+import keras
+from keras import ops
+
+
+class Hyperparameter:
+    """A number of a method that may change while the model trains.
+
+    A descriptor for the attributes of a `Method`. It takes what the learning
+    rate of a Keras optimizer takes: a float, a
+    `keras.optimizers.schedules.LearningRateSchedule`, or a function of the
+    step. The current value lives in a variable: changing it does not compile
+    the training step anew, and it is saved and restored with the model.
+
+    Args:
+        minimum: Float, the smallest value that makes sense. Defaults to `0.0`.
+
+    Example:
+
+    >>> class MyMethod(keras_sharp.methods.Method):
+    ...     strength = keras_sharp.schedules.Hyperparameter()
+    ...
+    ...     def __init__(self, strength=0.1):
+    ...         super().__init__()
+    ...         self.strength = strength
+    """
+
+    def __init__(self, minimum=0.0):
+        self.minimum = minimum
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def __get__(self, method, owner=None):
+        if method is None:
+            return self
+        return method.settings[self.name].variable
+
+    def __set__(self, method, value):
+        if self.name in method.settings:
+            method.settings[self.name].assign(value)
+        else:
+            method.settings[self.name] = Setting(self.name, value, self.minimum)
+
+
+class Setting:
+    """The value of one hyperparameter of one method: a variable and its schedule.
+
+    Args:
+        name: String, for error messages and for the variable.
+        value: a float, a `LearningRateSchedule`, a function of the step, or a
+            `ProportionalToLearningRate`.
+        minimum: Float, the smallest value allowed.
+
+    Raises:
+        ValueError: if `value` is none of these, or a number below `minimum`.
+    """
+
+    def __init__(self, name, value, minimum=0.0):
+        self.name = name
+        self.minimum = minimum
+        self.given = value
+        self.schedule = value if callable(value) else None
+        initial = 0.0 if self.schedule else self._check(value)
+        # Always a full-precision number, whatever dtype the model has.
+        dtype = "float64" if keras.config.floatx() == "float64" else "float32"
+        self.variable = keras.Variable(initial, dtype=dtype, trainable=False, name=name)
+
+    def assign(self, value):
+        """Set the value by hand."""
+        if self.schedule is not None:
+            raise TypeError(
+                f"`{self.name}` was given as a schedule ({self.schedule!r}), which sets it at every "
+                f"step; it cannot be set by hand. Received: {value!r}. Give `{self.name}` as a "
+                "float if a callback is to change it."
+            )
+        self.variable.assign(self._check(value))
+
+    def value_at(self, step, learning_rate):
+        """The value for one step, a scalar tensor.
+
+        Args:
+            step: integer tensor, the steps of the optimizer so far.
+            learning_rate: function without arguments that returns the
+                learning rate of this step and the highest one so far.
+        """
+        if self.schedule is None:
+            return ops.convert_to_tensor(self.variable)
+        if isinstance(self.schedule, ProportionalToLearningRate):
+            value = self.schedule(*learning_rate())
+        else:
+            value = self.schedule(step)
+        return ops.cast(value, self.variable.dtype)
+
+    def config(self):
+        """The value as a constructor argument, as plain as can be."""
+        if self.schedule is not None:
+            return keras.saving.serialize_keras_object(self.schedule)
+        current = float(ops.convert_to_numpy(self.variable))
+        unchanged = current == float(ops.convert_to_numpy(ops.cast(self.given, self.variable.dtype)))
+        return float(self.given) if unchanged else current
+
+    def _check(self, value):
+        if isinstance(value, (str, bytes, bool)) or value is None:
+            number = math.nan
+        else:
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+        if not (self.minimum <= number < math.inf):
+            raise ValueError(
+                f"`{self.name}` must be a finite number >= {self.minimum:g}, a "
+                "keras.optimizers.schedules.LearningRateSchedule, or a function of the step. "
+                f"Received: {self.name}={value!r}"
+            )
+        return number
+
+
+@keras.saving.register_keras_serializable(package="keras_sharp")
+class ProportionalToLearningRate:
+    """A hyperparameter that rises and falls with the learning rate.
+
+    ```
+    value = minimum + (maximum - minimum) * learning_rate / max_learning_rate
+    ```
+
+    GSAM uses this for rho, BSAM for rho_min, so that the adversary fades out
+    as the steps get small.
+
+    Args:
+        maximum: Float >= 0, the value at the highest learning rate.
+        minimum: Float >= 0, the value at learning rate 0. Defaults to `0.0`.
+        max_learning_rate: Float > 0, the highest learning rate. Defaults to
+            `None`: the highest one that training has seen so far, which makes
+            the value `maximum` all through a warm-up.
+
+    Raises:
+        ValueError: if a number is negative or not finite.
+
+    Example:
+
+    >>> rho = keras_sharp.schedules.ProportionalToLearningRate(maximum=0.05, minimum=0.01)
+    >>> method = keras_sharp.methods.GSAM(rho=rho)
+
+    References:
+        - [Zhuang et al., 2022](https://arxiv.org/abs/2203.08065), section 4.
+        - [Deng et al., 2024](https://arxiv.org/abs/2409.13173).
+    """
+
+    def __init__(self, maximum, minimum=0.0, max_learning_rate=None):
+        self.maximum = Setting("maximum", maximum)._check(maximum)
+        self.minimum = Setting("minimum", minimum)._check(minimum)
+        if max_learning_rate is not None and not 0 < max_learning_rate < math.inf:
+            raise ValueError(
+                "`max_learning_rate` must be a finite number > 0, or None for the highest learning "
+                f"rate seen so far. Received: max_learning_rate={max_learning_rate!r}"
+            )
+        self.max_learning_rate = max_learning_rate
+
+    def __call__(self, learning_rate, highest):
+        """The value at a learning rate.
+
+        Args:
+            learning_rate: scalar tensor, the learning rate now.
+            highest: scalar tensor, the highest one so far.
+        """
+        if self.max_learning_rate is not None:
+            highest = ops.convert_to_tensor(self.max_learning_rate, dtype=learning_rate.dtype)
+        share = learning_rate / ops.where(highest == 0, ops.ones_like(highest), highest)
+        return self.minimum + (self.maximum - self.minimum) * share
+
+    def get_config(self):
+        """The arguments of the constructor."""
+        return {
+            "maximum": self.maximum,
+            "minimum": self.minimum,
+            "max_learning_rate": self.max_learning_rate,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """Make a schedule from what `get_config` returned."""
+        return cls(**config)
+
+

@@ -1,0 +1,149 @@
+"""Arithmetic on lists of tensors: weights, gradients, perturbations.
+
+A *vector* here is a list with one tensor per weight of the model. An entry
+may be `None`: this weight has no gradient, or takes no part in the
+perturbation. Two decisions that every sharpness-aware method needs are made
+in this file and nowhere else: what `None` means (nothing: it adds nothing,
+and counts nowhere) and what dividing by the norm of a zero vector gives
+(zero).
+"""
+
+from keras import ops
+
+from keras_sharp import engine
+
+# Sums of squares outside this range may have lost terms to underflow, or be
+# about to overflow, in float32; inside it they are as good as any.
+_SAFE_SQUARE = (1e-25, 1e30)
+
+
+class Vector(list):
+    """A list of tensors that knows its Euclidean norm.
+
+    The norm of a gradient is needed more than once, by the check that it is
+    finite and by the perturbation; this spares the second pass over it. Treat
+    it as immutable. All functions of this module take plain lists as well.
+    """
+
+    def __init__(self, entries):
+        super().__init__(entries)
+        self.norm = _norm(self)
+
+
+def present(x):
+    """The entries that are not `None`."""
+    return [t for t in x if t is not None]
+
+
+def map_present(fn, x):
+    """Apply `fn` to each entry that is not `None`."""
+    return [None if t is None else fn(t) for t in x]
+
+
+def like_present(values, x):
+    """Put `values`, one for each entry that is present, where `x` has one."""
+    values = iter(values)
+    return [None if t is None else next(values) for t in x]
+
+
+def scale(a, x):
+    """`a * x` for a scalar `a`; every entry keeps its dtype."""
+    return like_present(engine.scale(a, present(x)), x)
+
+
+def add(x, y):
+    """`x + y`; where one of the two has no entry, the other one stands."""
+    both = [i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a is not None and b is not None]
+    total = [b if a is None else a for a, b in zip(x, y, strict=True)]
+    for i, t in zip(both, engine.add([x[i] for i in both], [y[i] for i in both]), strict=True):
+        total[i] = t
+    return total
+
+
+def subtract(x, y):
+    """`x - y`."""
+    return add(x, scale(-1.0, y))
+
+
+def dot(x, y):
+    """The inner product, a scalar of at least float32."""
+    pairs = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
+    if not pairs:
+        return ops.zeros(())
+    return engine.dot([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def norm(x):
+    """The Euclidean norm, right also where the squares over- or underflow."""
+    return x.norm if isinstance(x, Vector) else _norm(x)
+
+
+def _norm(x):
+    squared = dot(x, x)
+    low, high = _SAFE_SQUARE
+    return ops.cond(
+        ops.logical_and(squared > low, squared < high),
+        lambda: ops.sqrt(squared),
+        lambda: _norm_by_largest(x),
+    )
+
+
+def _norm_by_largest(x):
+    """The norm after a division by the largest entry. NaN if one is not finite."""
+    largest = max_abs(x)
+    unit = ops.where(largest == 0, ops.ones_like(largest), largest)
+    scaled = map_present(lambda t: t / ops.cast(unit, t.dtype), x)
+    squared = dot(scaled, scaled)
+    # The inner `where` keeps the derivative of the root finite at zero.
+    root = ops.sqrt(ops.where(squared == 0, ops.ones_like(squared), squared))
+    unit = ops.cast(unit, squared.dtype)
+    return ops.where(squared == 0, ops.zeros_like(squared), unit * root)
+
+
+def max_abs(x):
+    """The largest absolute entry; 0 for a vector without entries."""
+    largest = [ops.max(ops.abs(t)) for t in present(x) if 0 not in t.shape]
+    if not largest:
+        return ops.zeros(())
+    dtype = accumulator_dtype(largest[0])
+    return ops.max(ops.stack([ops.cast(t, dtype) for t in largest]))
+
+
+def accumulator_dtype(tensor):
+    """The dtype in which sums over `tensor` are taken: float32, or float64."""
+    return "float64" if "float64" in str(tensor.dtype) else "float32"
+
+
+def quotient(a, b):
+    """`a / b` for scalars, and 0 where `b` is 0."""
+    zero = ops.equal(b, 0)
+    return ops.where(zero, ops.zeros_like(b), a / ops.where(zero, ops.ones_like(b), b))
+
+
+def reject(x, onto):
+    """The part of `x` that is perpendicular to `onto` (`x` itself if that is 0)."""
+    squared = dot(onto, onto)
+    product = dot(x, onto)
+    low, high = _SAFE_SQUARE
+
+    def by_unit_vector():
+        length = norm(onto)
+        unit = scale(quotient(ops.ones_like(length), length), onto)
+        return quotient(dot(x, unit), length)
+
+    # Dividing the two products, not the vectors, makes the rejection of a
+    # vector from itself exactly zero: GSAM at rho 0 is then plain training.
+    coefficient = ops.cond(
+        ops.logical_and(squared > low, squared < high),
+        lambda: product / squared,
+        by_unit_vector,
+    )
+    return add(x, scale(-coefficient, onto))
+
+
+def cosine(x, y):
+    """The cosine of the angle between two vectors; 0 if one of them is 0."""
+    length_x, length_y = norm(x), norm(y)
+    unit_x = scale(quotient(ops.ones_like(length_x), length_x), x)
+    unit_y = scale(quotient(ops.ones_like(length_y), length_y), y)
+    return dot(unit_x, unit_y)
