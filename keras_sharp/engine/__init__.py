@@ -8,6 +8,7 @@ Each engine file provides the same few names:
 | `run_if(condition, fn, variables)` | run `fn`, which assigns to `variables`, if the condition holds |
 | `apply(optimizer, gradients, variables)` | one optimizer step |
 | `average_micro_batches(fn, ...)` | `fn` over equal parts of a batch, averaged |
+| `compiled(fn)` | a pure function of tensors, compiled where the backend can |
 | `dot`, `scale`, `add` | the three operations on lists of tensors that need speed |
 | `Trainer` | the glue into Keras' `train_step` |
 | `global_seeds`, `random_state`, `set_random_state` | random numbers that are no state of the model |
@@ -37,6 +38,7 @@ add = _engine.add
 apply = _engine.apply
 average_micro_batches = _engine.average_micro_batches
 check_layers = _engine.check_layers
+compiled = _engine.compiled
 dot = _engine.dot
 global_seeds = _engine.global_seeds
 random_state = _engine.random_state

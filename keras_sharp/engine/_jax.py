@@ -103,6 +103,11 @@ def add(xs, ys):
     return [x + y.astype(x.dtype) for x, y in zip(xs, ys, strict=True)]
 
 
+def compiled(fn):
+    """A pure function of tensors, compiled."""
+    return jax.jit(fn)
+
+
 def global_seeds():
     """Variables outside the model that its random numbers may come from: none."""
     return []  # Keras refuses unseeded random numbers in a traced function.

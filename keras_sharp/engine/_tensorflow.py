@@ -105,6 +105,11 @@ def add(xs, ys):
     return [x + tf.cast(y, x.dtype) for x, y in zip(xs, ys, strict=True)]
 
 
+def compiled(fn):
+    """A pure function of tensors, compiled."""
+    return tf.function(fn, reduce_retracing=True)
+
+
 def global_seeds():
     """Variables outside the model that its random numbers may come from."""
     return [global_seed()]
