@@ -70,7 +70,10 @@ def max_sharpness(
             y_pred = model(x, training=False)
             return model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
 
-    evaluate = engine.compiled(lambda w, batch: tuple(Objective(lambda v: loss(v, batch))(w)))
+    @engine.compiled
+    def evaluate(w, batch):
+        value, gradient = Objective(lambda v: loss(v, batch))(w)
+        return value, list(gradient)
 
     def over_all_data(w):
         total_loss, total_gradient = 0.0, [None] * len(w)
