@@ -322,6 +322,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         clean = objective(carried, fresh=False)
         loss, g = clean(w)
         y_pred, carried_after, statistics_after = clean.aux
+        overwritten = clean.frozen_gradient  # Of the clean pass: the next one replaces it.
         # Same noise: the passes start from the same seeds and states.
         perturbed = objective(carried_after, fresh=True) if self.fresh_noise else clean
         direction, method_state = self.method.step(
@@ -331,12 +332,15 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             # The next step must not see the masks of this one's last pass.
             carried_after = perturbed.aux[1]
 
-        finite = ops.logical_and(clean.finite, perturbed.finite)
+        evaluations = clean.evaluations + perturbed.evaluations
+        adversary = evaluations[-1]
         if scale is not None:
             direction = vectors.scale(scale, direction)
-        if clean.frozen_gradient:
-            direction = vectors.add(direction, clean.frozen_gradient)
-        adversary = (clean.evaluations + perturbed.evaluations)[-1]
+        finite = ops.logical_and(clean.finite, perturbed.finite)
+        if not any(direction is e.gradient for e in evaluations):  # Those were checked.
+            finite = ops.logical_and(finite, ops.isfinite(vectors.norm(direction)))
+        if overwritten:
+            direction = vectors.add(direction, overwritten)
         result = {
             "loss": loss,
             "direction": list(direction),

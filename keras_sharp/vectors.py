@@ -126,17 +126,18 @@ def reject(x, onto):
     product = dot(x, onto)
     low, high = _SAFE_SQUARE
 
-    def by_unit_vector():
-        length = norm(onto)
-        unit = scale(quotient(ops.ones_like(length), length), onto)
-        return quotient(dot(x, unit), length)
+    def by_largest():
+        largest_x, largest = max_abs(x), max_abs(onto)
+        a = scale(quotient(ops.ones_like(largest_x), largest_x), x)
+        b = scale(quotient(ops.ones_like(largest), largest), onto)
+        return quotient(dot(a, b), dot(b, b)) * quotient(largest_x, largest)
 
     # Dividing the two products, not the vectors, makes the rejection of a
     # vector from itself exactly zero: GSAM at rho 0 is then plain training.
     coefficient = ops.cond(
         ops.logical_and(squared > low, squared < high),
         lambda: product / squared,
-        by_unit_vector,
+        by_largest,
     )
     return add(x, scale(-coefficient, onto))
 

@@ -90,13 +90,24 @@ def _dot(x, y):
 
 
 def scale(a, xs):
-    """`a * x` for each tensor of a list."""
-    return list(torch._foreach_mul(xs, a)) if xs else []
+    """`a * x` for each tensor of a list, in the dtype of `x`."""
+    if isinstance(a, float):
+        return [a * x for x in xs]
+    if _is_plain(xs, a.dtype) and not a.requires_grad:
+        return list(torch._foreach_mul(xs, a))
+    return [a.to(x.dtype) * x for x in xs]
 
 
 def add(xs, ys):
     """`x + y` for each pair of two lists, in the dtype of `x`."""
-    return list(torch._foreach_add(xs, ys)) if xs else []
+    if xs and _is_plain([*xs, *ys], xs[0].dtype):
+        return list(torch._foreach_add(xs, ys))
+    return [x + y.to(x.dtype) for x, y in zip(xs, ys, strict=True)]
+
+
+def _is_plain(tensors, dtype):
+    """Whether `torch._foreach_*` may be used: one dtype, and no second derivative."""
+    return bool(tensors) and all(t.dtype == dtype and not t.requires_grad for t in tensors)
 
 
 def compiled(fn):

@@ -1,0 +1,89 @@
+# Everything a developer does, from a fresh clone. Needs Python >= 3.11 and make.
+
+VENV ?= .venv
+# Options passed on, for example: make demo ARGS="--dataset digits --epochs 3"
+ARGS ?=
+# Backends, for example: make test BACKEND=jax. Default: all three, or in the demo Keras' own.
+BACKEND ?=
+# What "make constraints" asks for, for example: TORCH=torch==2.13.0
+TORCH ?= torch
+
+# On Linux, PyPI's torch brings several GB of CUDA. For the CPU build, set
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# It is no default: without a way to that server, pip tries again for minutes.
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -qq --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+BACKENDS = $(foreach b,$(BACKEND),--backend $(b))
+
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test quick lint format bench constraints clean distclean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make the environment in .venv, if it is not there yet
+
+demo: $(INSTALLED) ## train a small network with every method (ARGS="--help" lists options)
+	$(PY) examples/quickstart.py $(BACKENDS) $(ARGS)
+
+test: lint ## lint, then all tests on every backend (BACKEND=jax for one)
+	$(PY) tests/run.py $(BACKENDS) $(ARGS)
+
+quick: lint ## as test, without the slow tests
+	$(PY) tests/run.py --quick $(BACKENDS) $(ARGS)
+
+lint: $(INSTALLED) ## check style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(INSTALLED) ## repair what ruff can repair
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(INSTALLED) ## measure what a step of each method costs
+	$(PY) benchmarks/step_cost.py $(BACKENDS) $(ARGS)
+
+constraints: ## resolve the newest versions and write them to constraints.txt
+	rm -rf build/constraints
+	$(call make_venv,build/constraints)
+	build/constraints/bin/python -m pip install -qq $(TORCH)
+	build/constraints/bin/python -m pip install -qq -r requirements-dev.txt
+	{ sed -n '/^#/p;/^[^#]/q' constraints.txt; \
+	  build/constraints/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; \
+	} > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+clean: ## remove caches and build products
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environment, too
+	rm -rf $(VENV)
+
+# The first of several Pythons that is new enough makes the environment.
+define make_venv
+@if $(1)/bin/python -m pip --version >/dev/null 2>&1; then exit 0; fi; \
+for python in "$(PYTHON)" python3.11 python3 python; do \
+  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+    echo "== $$($$python --version): new environment in $(1)"; \
+    exec $$python -m venv $(1); \
+  fi; \
+done; \
+echo "There is no Python >= 3.11 here. Install one, or name it: make PYTHON=/path/to/python" >&2; \
+exit 1
+endef
+
+# PyTorch comes first and alone: the rest then takes the build that is there,
+# and does not go for another one.
+$(INSTALLED): pyproject.toml requirements-dev.txt constraints.txt
+	$(call make_venv,$(VENV))
+	@echo "== Installing PyTorch (1 of 2, about 200 MB)"
+	@$(PIP) -c constraints.txt torch
+	@echo "== Installing TensorFlow, JAX, the tools and keras-sharp (2 of 2, about 500 MB)"
+	@$(PIP) -c constraints.txt -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,255 @@
+"""The formulas of the papers in NumPy, float64. Nothing here imports keras_sharp.
+
+All weights of a model stand in one long vector, `w`; `bias` marks the entries
+that belong to a bias. `rho < 0` makes an adversary descend.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+# Losses with a gradient known on paper
+
+
+class Quadratic:
+    """`0.5 w'Hw` with a symmetric, positive definite `H`; its gradient is `Hw`."""
+
+    shapes = ((2, 3), (2,))
+    biases = (False, True)
+
+    def __init__(self, seed=0):
+        root = np.random.default_rng(seed).normal(size=(8, 8))
+        self.hessian = root @ root.T / 8 + 0.1 * np.eye(8)
+        self.start = np.random.default_rng(seed + 1).normal(size=8)
+
+    def value(self, w):
+        return 0.5 * w @ self.hessian @ w
+
+    def gradient(self, w):
+        return self.hessian @ w
+
+
+class TanhNet:
+    """Mean squared error of `tanh(x A + b) C`: two layers, one bias, no kinks."""
+
+    shapes = ((2, 3), (3,), (3, 1))
+    biases = (False, True, False)
+
+    def __init__(self, seed=0):
+        rng = np.random.default_rng(seed)
+        self.x, self.y = rng.normal(size=(5, 2)), rng.normal(size=(5, 1))
+        self.start = rng.normal(size=12)
+
+    def value(self, w):
+        _, output = self._forward(w)
+        return np.mean((output - self.y) ** 2)
+
+    def gradient(self, w):
+        hidden, output = self._forward(w)
+        c = split(w, self.shapes)[2]
+        d_output = 2 * (output - self.y) / len(self.y)
+        d_hidden = (d_output @ c.T) * (1 - hidden**2)  # tanh' = 1 - tanh²
+        return join([self.x.T @ d_hidden, d_hidden.sum(0), hidden.T @ d_output])
+
+    def _forward(self, w):
+        a, b, c = split(w, self.shapes)
+        hidden = np.tanh(self.x @ a + b)
+        return hidden, hidden @ c
+
+
+def split(w, shapes):
+    """One long vector as arrays of these shapes."""
+    ends = np.cumsum([np.prod(s, dtype=int) for s in shapes])
+    return [part.reshape(s) for part, s in zip(np.split(w, ends[:-1]), shapes, strict=True)]
+
+
+def join(arrays):
+    """Arrays as one long vector, float64."""
+    return np.concatenate([np.ravel(np.asarray(a, "float64")) for a in arrays])
+
+
+def mask(booleans, shapes):
+    """One Boolean per weight as one Boolean per entry."""
+    return np.repeat(np.asarray(booleans), [np.prod(s, dtype=int) for s in shapes])
+
+
+# Neighborhoods: the adversary's step, the size of a perturbation, the way back
+
+
+def euclidean(g, w, bias, rho):
+    """Foret et al., section 2: rho g / ‖g‖₂."""
+    return rho * g / np.sqrt(np.sum(g**2))
+
+
+def p_ball(p):
+    """Foret et al., equation 2: rho sign(g) |g|^(q-1) / (‖g‖_q^q)^(1/p), 1/p + 1/q = 1."""
+    q = p / (p - 1)
+
+    def step(g, w, bias, rho):
+        return rho * np.sign(g) * np.abs(g) ** (q - 1) / np.sum(np.abs(g) ** q) ** (1 / p)
+
+    return step
+
+
+def maximum(g, w, bias, rho):
+    """The limit of equation 2 for p = inf, q = 1."""
+    return rho * np.sign(g)
+
+
+def adaptive_scale(w, bias, eta):
+    """Kwon et al., section 4: |w| + eta for weights, 1 for biases."""
+    return np.where(bias, 1.0, np.abs(w) + eta)
+
+
+def adaptive(eta):
+    """Kwon et al., equation 8: rho T²g / ‖Tg‖₂."""
+
+    def step(g, w, bias, rho):
+        scale = adaptive_scale(w, bias, eta)
+        return rho * scale**2 * g / np.sqrt(np.sum((scale * g) ** 2))
+
+    return step
+
+
+def adaptive_maximum(eta):
+    """Kwon et al., section 3, the maximum norm: rho T sign(g)."""
+
+    def step(g, w, bias, rho):
+        return rho * adaptive_scale(w, bias, eta) * np.sign(g)
+
+    return step
+
+
+def weight_scaled(gamma):
+    """Adaptive-GSAM: (rho g / ‖g‖₂) ⊙ (|w| + gamma), biases too."""
+
+    def step(g, w, bias, rho):
+        return euclidean(g, w, bias, rho) * (np.abs(w) + gamma)
+
+    return step
+
+
+def unnormalized(g, w, bias, rho):
+    """Andriushchenko and Flammarion: rho g."""
+    return rho * g
+
+
+def p_norm(p):
+    return lambda e, w, bias: np.sum(np.abs(e) ** p) ** (1 / p)
+
+
+def largest(e, w, bias):
+    return np.max(np.abs(e))
+
+
+class Region(NamedTuple):
+    """What is known of one neighborhood of keras_sharp, named by class and arguments."""
+
+    of: str
+    arguments: dict
+    step: Callable
+    size: Callable
+    #: `None`: radial, towards the center, as far as the size asks for.
+    project: Callable | None = None
+
+
+REGIONS = {
+    "ball_2": Region("Ball", {"p": 2.0}, euclidean, p_norm(2)),
+    "ball_1.5": Region("Ball", {"p": 1.5}, p_ball(1.5), p_norm(1.5)),
+    "ball_4": Region("Ball", {"p": 4.0}, p_ball(4.0), p_norm(4)),
+    "ball_inf": Region(
+        "Ball",
+        {"p": float("inf")},
+        maximum,
+        largest,
+        lambda e, w, bias, rho: np.clip(e, -rho, rho),
+    ),
+    "adaptive": Region(
+        "AdaptiveBall",
+        {"eta": 0.01},
+        adaptive(0.01),
+        lambda e, w, bias: p_norm(2)(e / adaptive_scale(w, bias, 0.01), w, bias),
+    ),
+    "adaptive_inf": Region(
+        "AdaptiveBall",
+        {"eta": 0.2, "p": float("inf")},
+        adaptive_maximum(0.2),
+        lambda e, w, bias: largest(e / adaptive_scale(w, bias, 0.2), w, bias),
+        lambda e, w, bias, rho: np.clip(
+            e, -rho * adaptive_scale(w, bias, 0.2), rho * adaptive_scale(w, bias, 0.2)
+        ),
+    ),
+    "weight_scaled": Region(
+        "WeightScaledBall",
+        {"gamma": 0.01},
+        weight_scaled(0.01),
+        lambda e, w, bias: p_norm(2)(e / (np.abs(w) + 0.01), w, bias),
+    ),
+    "unnormalized": Region(
+        "Unnormalized", {}, unnormalized, p_norm(2), lambda e, w, bias, rho: e
+    ),
+}
+
+
+def project(region, e, w, bias, rho):
+    """The nearest point of a region, in its own norm."""
+    if region.project is not None:
+        return region.project(e, w, bias, rho)
+    size = region.size(e, w, bias)
+    return e if size <= rho else e * rho / size
+
+
+def ascend(region, gradient, w, bias, rho, steps):
+    """Repeated ascent: e <- project(e + step(gradient(w + e))), the region that of `w`."""
+    e = region.step(gradient(w), w, bias, rho)
+    for _ in range(steps - 1):
+        e = e + region.step(gradient(w + e), w, bias, rho)
+        e = project(region, e, w, bias, abs(rho))
+    return e
+
+
+def at_adversary(loss, w, ascent, second_order):
+    """The function `rho -> ∇L(w + e)`, or `rho -> ∇[L(w + e(w))]`.
+
+    Args:
+        loss: has `value` and `gradient`.
+        w: the weights.
+        ascent: function `(w, rho) -> e`.
+        second_order: whether `e` depends on `w` in the differentiation.
+    """
+    if second_order:
+        return lambda rho: differentiate(lambda v: loss.value(v + ascent(v, rho)), w)
+    return lambda rho: loss.gradient(w + ascent(w, rho))
+
+
+def differentiate(fn, w, h=1e-3):
+    """The gradient by central differences of order 4: right to about 1e-11."""
+    gradient = np.zeros_like(w)
+    for i, unit in enumerate(np.eye(len(w))):
+        near = fn(w + h * unit) - fn(w - h * unit)
+        far = fn(w + 2 * h * unit) - fn(w - 2 * h * unit)
+        gradient[i] = (8 * near - far) / (12 * h)
+    return gradient
+
+
+# Methods: `at(rho)` is the gradient at the adversary, `g` the one at the weights
+
+
+def sam(at, g, rho):
+    """Foret et al., algorithm 1; with another region ASAM, Kwon et al., algorithm 1."""
+    return at(rho)
+
+
+def gsam(at, g, rho, alpha):
+    """Zhuang et al., algorithm 1: descend g_adv, ascend what of g is orthogonal to it."""
+    g_adv = at(rho)
+    unit = g_adv / np.linalg.norm(g_adv)
+    g_orthogonal = g - (g @ unit) * unit
+    return g_adv - alpha * g_orthogonal
+
+
+def bsam(at, g, rho, rho_min):
+    """Deng et al., algorithm 1: the gradients of max-sharpness and of min-sharpness."""
+    g_up, g_down = at(rho), at(-rho_min)
+    return g_up + (g - np.linalg.norm(g_up) / np.linalg.norm(g_down) * g_down)

@@ -1,0 +1,104 @@
+"""Runs the tests once per backend, each in a process of its own.
+
+    python tests/run.py
+    python tests/run.py --backend jax --quick
+    python tests/run.py --backend torch -- tests/test_methods.py -k gsam -x
+
+What stands after `--` goes to pytest. Without paths there, it runs all of
+`tests/`, the doctests of the package, and the code in README.md and docs/.
+"""
+
+import argparse
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BACKENDS = ("tensorflow", "jax", "torch")
+
+
+def main():
+    args = parse_arguments(sys.argv[1:])
+    results = {}
+    for backend in args.backend or BACKENDS:
+        print(f"\n==== {backend} ====", flush=True)
+        results[backend] = run(backend, args.quick, args.pytest)
+    print("\n==== summary ====")
+    for backend, (counts, seconds, verdict) in results.items():
+        print(f"{backend:>10}  {describe(counts):<40} {seconds:6.0f} s  {verdict}")
+    total = {
+        key: sum(r[0][key] for r in results.values()) for key in ("passed", "failed", "skipped")
+    }
+    print(describe(total))
+    return int(any(verdict != "ok" for _, _, verdict in results.values()))
+
+
+def parse_arguments(arguments):
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--backend", action="append", choices=BACKENDS, help="may be repeated; default: all three"
+    )
+    parser.add_argument("--quick", action="store_true", help="leave out the tests marked slow")
+    args = parser.parse_args(arguments[:split])
+    args.pytest = arguments[split + 1 :]
+    return args
+
+
+def run(backend, quick, pytest_arguments):
+    """Run pytest on one backend: the counts, the seconds, and "ok" or what is wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = pathlib.Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest"]
+        command += ["-m", "not slow"] if quick else []
+        command += [*pytest_arguments, f"--junitxml={report}"]
+        start = time.perf_counter()
+        code = subprocess.run(command, cwd=ROOT, env=environment(backend), check=False).returncode
+        seconds = time.perf_counter() - start
+        counts = read_counts(report)
+    if counts["passed"] + counts["failed"] == 0:
+        verdict = f"NO TEST RAN (exit status {code})"
+    elif code != 0:
+        verdict = f"FAILED (exit status {code})"
+    else:
+        verdict = "ok"
+    return counts, seconds, verdict
+
+
+def environment(backend):
+    """The environment of one run. Which GPUs are visible is left as it is."""
+    defaults = {
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        # On a GPU, take memory as needed: another process may want some, too.
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "MPLBACKEND": "Agg",
+    }
+    return {**defaults, **os.environ, "KERAS_BACKEND": backend}
+
+
+def read_counts(report):
+    """How many tests passed, failed and were skipped; none if pytest wrote no report."""
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    if report.exists():
+        for suite in ElementTree.parse(report).iter("testsuite"):
+            failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+            skipped = int(suite.get("skipped", 0))
+            counts["failed"] += failed
+            counts["skipped"] += skipped
+            counts["passed"] += int(suite.get("tests", 0)) - failed - skipped
+    return counts
+
+
+def describe(counts):
+    return ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The code in README.md and docs/ runs as it stands there."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+BLOCK = re.compile(
+    r"^(?:[ ]*<!--\s*not run:\s*(?P<reason>\w[^>]*)-->\s*\n)?"
+    r"(?P<indent>[ ]*)```python[^\n]*\n(?P<code>.*?)^(?P=indent)```\s*$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def blocks(text):
+    """The ```python blocks of a page that are to be run, as pairs of line number and code.
+
+    A block after a comment `<!-- not run: reason -->` is left out.
+    """
+    found = []
+    for match in BLOCK.finditer(text):
+        if match["reason"] is None:
+            line = text.count("\n", 0, match.start("code")) + 1
+            indent = len(match["indent"])
+            code = "".join(row[indent:] or "\n" for row in match["code"].splitlines(keepends=True))
+            found.append((line, code))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for line, code in blocks(page.read_text(encoding="utf-8")):
+        # An error points to its line on the page.
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+
+
+def test_readme_has_code_to_run():
+    assert blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+def test_a_block_is_left_out_only_with_a_reason():
+    page = "\n".join(
+        [
+            "```python",
+            "first = 1",
+            "```",
+            "```bash",
+            "echo no Python",
+            "```",
+            "<!-- not run: needs a network -->",
+            "```python",
+            "second = 2",
+            "```",
+            "- an item",
+            "  ```python",
+            "  if first:",
+            "",
+            "      third = 3",
+            "  ```",
+            "<!-- not run: -->",
+            "```python",
+            "fourth = 4",
+            "```",
+        ]
+    )
+    assert blocks(page) == [
+        (2, "first = 1\n"),
+        (13, "if first:\n\n    third = 3\n"),
+        (19, "fourth = 4\n"),
+    ]
