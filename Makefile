@@ -42,11 +42,11 @@ lint: $(INSTALLED) ## check style and types
 	$(PY) -m mypy
 
 format: $(INSTALLED) ## repair what ruff can repair
-	$(PY) -m ruff check --fix .
+	$(PY) -m ruff check --fix --exit-zero .
 	$(PY) -m ruff format .
 
-bench: $(INSTALLED) ## measure what a step of each method costs
-	$(PY) benchmarks/step_cost.py $(BACKENDS) $(ARGS)
+bench: $(INSTALLED) ## measure what a step of each method costs (an hour; ARGS=--quick tries it)
+	$(PY) benchmarks/step_cost.py $(ARGS)
 
 constraints: ## resolve the newest versions and write them to constraints.txt
 	rm -rf build/constraints

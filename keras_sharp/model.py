@@ -8,7 +8,8 @@ from keras import ops
 
 from keras_sharp import engine, methods, vectors
 from keras_sharp.identifiers import did_you_mean
-from keras_sharp.objective import Objective
+from keras_sharp.objective import Objective, State, TrainingLoss
+from keras_sharp.weights import get_choice, is_bias, is_overwritten
 
 #: Logs that are computed only if asked for, by `extra_logs`.
 EXTRA_LOGS = ("perturbed_loss", "sharpness", "grad_norm", "grad_cosine", "skipped_steps")
@@ -128,7 +129,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         self.perturb = perturb
         self.fresh_noise = fresh_noise
         self.extra_logs = _check_extra_logs(extra_logs)
-        self._takes_part = _perturbation_rule(perturb)
+        self._takes_part = get_choice(perturb)
         self._checked = False
         self._largest_batch = 0
 
@@ -267,144 +268,107 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             The logs, a dictionary.
         """
         self._check_trainable()
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        x, y, sample_weight = batch = keras.utils.unpack_x_y_sample_weight(data)
         size = ops.shape(next(t for t in keras.tree.flatten(x) if t is not None))[0]
         hyperparameters = self._advance_hyperparameters()
-        carried = [ops.convert_to_tensor(v) for v in self._carried_variables()]
-        batch = (x, y, sample_weight)
+        loss = TrainingLoss(self)
+        state = loss.current_state()
 
-        def direction(carried, batch):
-            return self._direction(carried, batch, hyperparameters)
+        def run(carried, batch):
+            noise, trackers = carried
+            before = state._replace(noise=noise, trackers=trackers)
+            result, after, y_pred = self._run_method(loss, before, batch, hyperparameters)
+            return (after.noise, after.trackers), (result, after.statistics), y_pred
 
         if self.num_micro_batches == 1:
-            carried, result, y_pred = direction(carried, batch)
+            outcome = run((state.noise, state.trackers), batch)
         else:
             self._check_batch_size(size)
-            carried, result, y_pred = engine.average_micro_batches(
-                direction, carried, batch, self.num_micro_batches
+            # Each part hands seeds and metrics to the next; all else is averaged.
+            outcome = engine.average_micro_batches(
+                run, (state.noise, state.trackers), batch, self.num_micro_batches
             )
-        self._commit(carried, result)
+        (noise, trackers), (result, statistics), y_pred = outcome
+        self._commit(loss, State(noise, statistics, trackers), result)
         return self._update_logs(x, y, y_pred, sample_weight, size, result, hyperparameters)
 
-    def _direction(self, carried, batch, hyperparameters):
-        """The update direction for one (micro-)batch. Writes to no variable.
+    def _run_method(self, loss, before, batch, hyperparameters):
+        """Ask the method for the direction on one (micro-)batch. Writes to no variable.
 
         Returns:
-            A triple: the values of `_carried_variables` afterwards; a
-            dictionary of what is averaged over micro-batches; the predictions.
+            A triple: a dictionary with the direction and what else the step
+            needs; the `State` of the model afterwards; the predictions.
         """
-        x, y, sample_weight = batch
-        weights = self.model.trainable_variables
-        carried_variables, statistics = self._carried_variables(), self._statistics()
-        statistics_before = [ops.convert_to_tensor(v) for v in statistics]
         scale = self._loss_scale()
         random_state = engine.random_state()
 
-        def objective(carried, fresh):
-            def loss(w):
-                if not fresh:
-                    engine.set_random_state(random_state)
-                state = [
-                    *zip(carried_variables, carried, strict=True),
-                    *zip(statistics, statistics_before, strict=True),
-                ]
-                return self._loss(w, state, x, y, sample_weight)
+        def same_noise():
+            engine.set_random_state(random_state)
+            return before.noise
 
+        def next_noise():
+            return (perturbed if perturbed.evaluations else clean).aux[1].noise
+
+        def objective(noise):
             return Objective.with_aux(
-                loss,
-                perturbed=[self._takes_part(v) and not _is_overwritten(v) for v in weights],
-                biases=[is_bias(v) for v in weights],
-                frozen=[_is_overwritten(v) for v in weights],
+                lambda w: loss(w, before._replace(noise=noise()), batch),
+                perturbed=[self._takes_part(v) and not is_overwritten(v) for v in loss.weights],
+                biases=[is_bias(v) for v in loss.weights],
+                frozen=[is_overwritten(v) for v in loss.weights],
                 loss_scale=scale,
             )
 
-        w = [ops.stop_gradient(ops.convert_to_tensor(v)) for v in weights]
-        clean = objective(carried, fresh=False)
-        loss, g = clean(w)
-        y_pred, carried_after, statistics_after = clean.aux
-        overwritten = clean.frozen_gradient  # Of the clean pass: the next one replaces it.
-        # Same noise: the passes start from the same seeds and states.
-        perturbed = objective(carried_after, fresh=True) if self.fresh_noise else clean
-        direction, method_state = self.method.step(
-            perturbed, w, g, [ops.convert_to_tensor(v) for v in self.method_state], **hyperparameters
-        )
-        if self.fresh_noise and perturbed.evaluations:
-            # The next step must not see the masks of this one's last pass.
-            carried_after = perturbed.aux[1]
+        w = [ops.stop_gradient(ops.convert_to_tensor(v)) for v in loss.weights]
+        clean = objective(same_noise)
+        clean_loss, g = clean(w)
+        # The perturbed passes will replace these.
+        (y_pred, after), overwritten = clean.aux, clean.frozen_gradient
 
-        evaluations = clean.evaluations + perturbed.evaluations
-        adversary = evaluations[-1]
+        perturbed = objective(next_noise) if self.fresh_noise else clean
+        memory = [ops.convert_to_tensor(v) for v in self.method_state]
+        direction, memory = self.method.step(perturbed, w, g, memory, **hyperparameters)
+        if self.fresh_noise:  # The next step must not see the masks of the last pass again.
+            after = after._replace(noise=next_noise())
+
+        evaluations = clean.evaluations + (perturbed.evaluations if self.fresh_noise else [])
+        finite = ops.logical_and(clean.finite, perturbed.finite) if self.fresh_noise else clean.finite
         if scale is not None:
             direction = vectors.scale(scale, direction)
-        finite = ops.logical_and(clean.finite, perturbed.finite)
         if not any(direction is e.gradient for e in evaluations):  # Those were checked.
             finite = ops.logical_and(finite, ops.isfinite(vectors.norm(direction)))
         if overwritten:
             direction = vectors.add(direction, overwritten)
         result = {
-            "loss": loss,
+            "loss": clean_loss,
             "direction": list(direction),
-            "statistics": statistics_after,
-            "method_state": list(method_state),
+            "method_state": list(memory),
             # A count, so that the mean over micro-batches is 0 only if all are finite.
             "not_finite": 1.0 - ops.cast(finite, "float32"),
-            "extra_logs": self._extra_values(loss, g, adversary),
+            "extra_logs": self._extra_values(clean_loss, g, evaluations[-1]),
         }
-        return carried_after, result, y_pred
+        return result, after, y_pred
 
-    def _loss(self, w, state, x, y, sample_weight):
-        """Loss of a batch as a pure function of weights and state.
-
-        Returns:
-            The loss and a triple: predictions, the values of the carried
-            variables, and those of the statistics; `None` for statistics that
-            the pass did not touch.
-        """
-        mapping = [*zip(self.model.trainable_variables, w, strict=True), *state]
-        with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
-            before = [scope.get_current_value(v) for v in self._statistics()]
-            y_pred = self.model(x, training=True)
-            loss = self.compute_loss(
-                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
-            )
-        carried = [scope.get_current_value(v) for v in self._carried_variables()]
-        after = [scope.get_current_value(v) for v in self._statistics()]
-        changed = [None if a is b else a for a, b in zip(after, before, strict=True)]
-        return loss, (y_pred, carried, changed)
-
-    def _commit(self, carried, result):
+    def _commit(self, loss, after, result):
         """Write the outcome of a step into the variables, all of it or nothing."""
         finite = ops.equal(result["not_finite"], 0)
-        weights, optimizer = self.model.trainable_variables, self.optimizer
-        own_skip = self._scales_loss_dynamically()
-        metrics = {id(v) for v in self.metrics_variables}
-        state = [
-            *zip(self._carried_variables(), carried, strict=True),
-            *zip(self._statistics(), result["statistics"], strict=True),
-            *zip(self.method_state, result["method_state"], strict=True),
-        ]
-        for variable, value in state:  # Metrics also tell of steps that are skipped.
-            if id(variable) in metrics:
-                variable.assign(value)
-        state = [(v, value) for v, value in state if value is not None and id(v) not in metrics]
+        weights, optimizer, direction = loss.weights, self.optimizer, result["direction"]
+        _assign(loss.variables.trackers, after.trackers)  # They tell of skipped steps, too.
+        variables = [*loss.variables.noise, *loss.variables.statistics, *self.method_state]
+        values = [*after.noise, *after.statistics, *result["method_state"]]
 
-        def write():
-            for variable, value in state:
-                variable.assign(value)
-            if not own_skip:
-                engine.apply(optimizer, result["direction"], weights)
-
-        written = [v for v, _ in state]
-        if not own_skip:
-            written += [*weights, *optimizer.variables]
-        engine.run_if(finite, write, written)
-        if own_skip:
-            # It skips the step, and lowers its scale, when it sees a NaN.
+        if self._scales_loss_dynamically():
+            engine.run_if(finite, lambda: _assign(variables, values), variables)
+            # The optimizer skips the step, and lowers its scale, when it sees a NaN.
             poison = ops.where(finite, 0.0, float("nan"))
-            direction = vectors.map_present(
-                lambda d: d + ops.cast(poison, d.dtype), result["direction"]
-            )
+            direction = vectors.map_present(lambda d: d + ops.cast(poison, d.dtype), direction)
             engine.apply(optimizer, direction, weights)
+        else:
+
+            def write():
+                _assign(variables, values)
+                engine.apply(optimizer, direction, weights)
+
+            engine.run_if(finite, write, [*variables, *weights, *optimizer.variables])
         self.skipped_steps.assign_add(1 - ops.cast(finite, self.skipped_steps.dtype))
 
     def _update_logs(self, x, y, y_pred, sample_weight, size, result, hyperparameters):
@@ -445,21 +409,6 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
                 setting.variable.assign(values[name])
         return values
 
-    def _carried_variables(self):
-        """What each micro-batch hands on to the next: seeds, counters, metrics."""
-        counters = [
-            v
-            for v in self.model.non_trainable_variables
-            if not keras.backend.is_float_dtype(v.dtype)
-        ]
-        return [*counters, *engine.global_seeds(), *self.metrics_variables]
-
-    def _statistics(self):
-        """What is averaged over micro-batches: the float state of the layers."""
-        return [
-            v for v in self.model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)
-        ]
-
     def _loss_scale(self):
         """The factor that keeps float16 gradients from underflow, or `None`."""
         if self._scales_loss_dynamically() or self.optimizer.loss_scale_factor is not None:
@@ -486,7 +435,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
                 f"{self.model.name!r}. Received: perturb={self.perturb!r}. Expected at least one "
                 f"weight; the model has {[v.path for v in variables[:5]]} ..."
             )
-        if self.num_micro_batches > 1 and any(_is_overwritten(v) for v in variables):
+        if self.num_micro_batches > 1 and any(is_overwritten(v) for v in variables):
             raise ValueError(
                 "Weights of a float8 layer that are overwritten with their gradient cannot be "
                 "averaged over micro-batches. Received: num_micro_batches="
@@ -543,39 +492,10 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         return cls(**config)
 
 
-def is_bias(variable):
-    """Whether a variable is a bias, which ASAM leaves unscaled: by its name in Keras."""
-    return variable.name in ("bias", "beta") or variable.name.endswith("_bias")
-
-
-def is_norm(variable):
-    """Whether a variable belongs to a normalization layer: by its name and that of its layer."""
-    layer = variable.path.split("/")[-2] if "/" in variable.path else ""
-    return variable.name in ("gamma", "beta") or "norm" in layer
-
-
-PERTURB = {
-    "all": lambda variable: True,
-    "no_bias_no_norm": lambda variable: not (is_bias(variable) or is_norm(variable)),
-    "norm_only": is_norm,
-}
-
-
-def _perturbation_rule(perturb):
-    if callable(perturb):
-        return perturb
-    if isinstance(perturb, str) and perturb in PERTURB:
-        return PERTURB[perturb]
-    hint = did_you_mean(perturb, PERTURB) if isinstance(perturb, str) else ""
-    raise ValueError(
-        f"`perturb` must be one of {list(PERTURB)} or a function that receives a variable and "
-        f"returns a Boolean. Received: perturb={perturb!r}.{hint}"
-    )
-
-
-def _is_overwritten(variable):
-    """Float8 scales: what stands in place of their gradient is their next value."""
-    return getattr(variable, "overwrite_with_gradient", False)
+def _assign(variables, values):
+    for variable, value in zip(variables, values, strict=True):
+        if value is not None:
+            variable.assign(value)
 
 
 def _check_model(model):

@@ -55,8 +55,9 @@ class Neighborhood:
 
     def project(self, e, w, rho, biases=None):
         """The point of the region that is nearest to `e`, in its own norm."""
-        size = self.norm(e, w, biases)
-        return vectors.scale(ops.minimum(ops.ones_like(size), vectors.quotient(_like(rho, size), size)), e)
+        # Dividing by at least rho leaves points inside the region where they are.
+        rho = _like(rho, size := self.norm(e, w, biases))
+        return vectors.scale(vectors.quotient(rho, vectors.maximum(size, rho)), e)
 
     def get_config(self):
         """The arguments of the constructor, as plain values."""
@@ -128,7 +129,7 @@ class Ball(Neighborhood):
 
     def project(self, e, w, rho, biases=None):
         if math.isinf(self.p):  # Of all nearest points the one that moves each entry least.
-            return vectors.map_present(lambda t: ops.clip(t, -_like(rho, t), _like(rho, t)), e)
+            return vectors.map_present(lambda t: _clip(t, _like(rho, t)), e)
         return super().project(e, w, rho, biases)
 
     def get_config(self):
@@ -317,12 +318,20 @@ def _power(t, exponent):
     return ops.where(zero, ops.zeros_like(t), ops.where(zero, ops.ones_like(t), t) ** exponent)
 
 
+def _clip(t, limit):
+    """`t` within +-limit; unlike `ops.clip` it keeps float64 everywhere."""
+    return ops.where(t > limit, limit, ops.where(t < -limit, -limit, t))
+
+
 def _widen(t):
     return ops.cast(t, vectors.accumulator_dtype(t))
 
 
 def _like(scalar, tensor):
-    return scalar if isinstance(scalar, float) else ops.cast(scalar, tensor.dtype)
+    # Not through `ops.cast`, where a Python float would pass through float32.
+    if isinstance(scalar, (int, float)):
+        return scalar * ops.ones((), dtype=tensor.dtype)
+    return ops.cast(scalar, tensor.dtype)
 
 
 def _non_negative(name, value):

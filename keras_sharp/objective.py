@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import keras
 from keras import ops
 
 from keras_sharp import engine, vectors
@@ -112,9 +113,11 @@ class Objective:
     @property
     def finite(self):
         """Scalar Boolean tensor: were all losses and gradients so far finite?"""
-        checks = [ops.isfinite(e.loss) for e in self.evaluations]
-        checks += [ops.isfinite(vectors.norm(e.gradient)) for e in self.evaluations]
-        return ops.all(ops.stack(checks))
+        finite = True
+        for loss, gradient in self.evaluations:
+            ok = ops.logical_and(ops.isfinite(loss), ops.isfinite(vectors.norm(gradient)))
+            finite = ops.logical_and(finite, ok)
+        return finite
 
     def _evaluate(self, value_fn, w):
         def scaled(weights):
@@ -136,3 +139,73 @@ class Objective:
         evaluation = Evaluation(loss, vectors.Vector(gradient))
         self.evaluations.append(evaluation)
         return evaluation
+
+
+class State(NamedTuple):
+    """Everything but the weights that a training pass of a model reads and moves.
+
+    Each field is a list: of variables, of their values before a pass, or of
+    those after it.
+
+    Attributes:
+        noise: seeds of random generators and other integer state. It tells the
+            passes of a step, which may share it, from those of the next.
+        statistics: float state, such as the moving averages of
+            BatchNormalization. After a pass, `None` if it was not touched.
+        trackers: the variables of the metrics.
+    """
+
+    noise: list
+    statistics: list
+    trackers: list
+
+
+class TrainingLoss:
+    """The training loss of a model as a pure function of weights, state and data.
+
+    Args:
+        model: a compiled `SharpnessAwareModel`.
+    """
+
+    def __init__(self, model):
+        self._model = model
+        self.weights = model.model.trainable_variables
+        others = model.model.non_trainable_variables
+        floats = [keras.backend.is_float_dtype(v.dtype) for v in others]
+        noise = [v for v, is_float in zip(others, floats, strict=True) if not is_float]
+        self.variables = State(
+            noise=noise + engine.global_seeds(),
+            statistics=[v for v, is_float in zip(others, floats, strict=True) if is_float],
+            trackers=model.metrics_variables,
+        )
+
+    def current_state(self):
+        """The values of all state now."""
+        return State(*([ops.convert_to_tensor(v) for v in group] for group in self.variables))
+
+    def __call__(self, w, state, batch):
+        """One forward pass in training mode. Writes to no variable.
+
+        Args:
+            w: list of tensors, the weights.
+            state: a `State` of values.
+            batch: the triple `(x, y, sample_weight)`.
+
+        Returns:
+            The loss, and a pair: the predictions, and the `State` afterwards.
+        """
+        x, y, sample_weight = batch
+        mapping = list(zip(self.weights, w, strict=True))
+        for variables, values in zip(self.variables, state, strict=True):
+            mapping += zip(variables, values, strict=True)
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
+            before = [scope.get_current_value(v) for v in self.variables.statistics]
+            y_pred = self._model.model(x, training=True)
+            loss = self._model.compute_loss(
+                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+            )
+        after = State(*([scope.get_current_value(v) for v in group] for group in self.variables))
+        moved = [
+            None if new is old else new for new, old in zip(after.statistics, before, strict=True)
+        ]
+        return loss, (y_pred, after._replace(statistics=moved))

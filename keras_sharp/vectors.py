@@ -102,11 +102,17 @@ def _norm_by_largest(x):
 
 def max_abs(x):
     """The largest absolute entry; 0 for a vector without entries."""
-    largest = [ops.max(ops.abs(t)) for t in present(x) if 0 not in t.shape]
-    if not largest:
-        return ops.zeros(())
-    dtype = accumulator_dtype(largest[0])
-    return ops.max(ops.stack([ops.cast(t, dtype) for t in largest]))
+    largest = ops.zeros(())
+    for t in present(x):
+        if 0 not in t.shape:
+            candidate = ops.cast(ops.max(ops.abs(t)), accumulator_dtype(t))
+            largest = maximum(candidate, ops.cast(largest, candidate.dtype))
+    return largest
+
+
+def maximum(a, b):
+    """The larger of two scalars; unlike `ops.maximum` it keeps float64 everywhere."""
+    return ops.where(a > b, a, b)
 
 
 def accumulator_dtype(tensor):

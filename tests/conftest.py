@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-BACKEND = keras.backend.backend()
+from tests import models
+from tests.models import BACKEND
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -42,6 +43,8 @@ class Float64:
 
     #: To what accuracy a few dozen operations agree with NumPy.
     tolerance = {"rtol": 1e-12, "atol": 1e-13}  # noqa: RUF012
+    #: The same, where minimum, clip or stack take part: PyTorch's go through float32 in Keras.
+    tolerance_of_keras = tolerance if BACKEND != "torch" else {"rtol": 1e-6, "atol": 1e-7}
 
     @staticmethod
     def tensor(value):
@@ -68,9 +71,11 @@ def float64():
     """How all tests in float64 are done, on every backend.
 
     Methods, neighborhoods and objectives are pure functions of tensors, and
-    keras.ops keep the dtype of tensors: float64 in, float64 out. (Training a
-    model in float64 is another matter: Keras promotes to float32 on JAX and
-    PyTorch whatever `floatx` says. The tests of models are in float32.)
+    most of keras.ops keep the dtype of tensors: float64 in, float64 out. Not
+    so matmul, mean, minimum, clip and stack on PyTorch, nor mean and tanh on
+    JAX (Keras 3.15): tests write `a @ b` and `ops.sum`. Training a model in
+    float64 is another matter: Keras promotes to float32 on these two whatever
+    `floatx` says, so the tests of models are in float32.
     JAX has no float64 unless told so; it is told for this one test. Neither
     does it compile here: each `ops.cond` of an eager function, nested a few
     times, would take seconds. The tests of models compile.
@@ -86,17 +91,12 @@ def float64():
 
 @pytest.fixture
 def as_written():
-    """Runs each operation as it is written, by itself: the arguments of `compile` for that.
+    """Runs each operation as it is written, by itself: nothing is compiled in this test.
 
     What is equal on paper is then equal to the bit, on all backends. Compilers rearrange:
-    XLA contracts products and sums of the one program that it does not contract in the
-    other; TensorFlow's graph optimizer moves scalar factors, as in the gradient of a
+    XLA contracts a product and a sum in one of two programs and not in the other;
+    TensorFlow's graph optimizer moves scalar factors, as in the gradient of a
     BatchNormalization's scale. It also spares the compilation of dozens of tiny models.
     """
-    if BACKEND == "jax":
-        import jax
-
-        with jax.disable_jit():
-            yield {"run_eagerly": True}
-    else:
-        yield {"run_eagerly": True}
+    with models.running("as_written"):
+        yield

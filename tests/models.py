@@ -5,11 +5,43 @@ to the variables of a copy of the model, takes the gradient with the backend's o
 tools, and puts everything back; the formulas are NumPy on one long vector.
 """
 
+import contextlib
+
 import keras
 import numpy as np
+import pytest
 from keras import layers, ops
 
 BACKEND = keras.backend.backend()
+
+# Compiled or not
+
+#: For the fixture of a test module: quick tests run each operation as it is written, by
+#: itself, which spares the compilation of dozens of tiny models; the slow ones compile.
+MODES = ["as_written"]
+if BACKEND != "torch":
+    MODES += [pytest.param("compiled", marks=pytest.mark.slow)]
+
+
+@contextlib.contextmanager
+def running(mode):
+    """Within, Keras compiles nothing on any backend, if `mode` is "as_written"."""
+    if mode == "compiled" or BACKEND == "torch":
+        yield
+    elif BACKEND == "jax":
+        import jax
+
+        with jax.disable_jit():
+            yield
+    else:
+        import tensorflow as tf
+
+        tf.config.run_functions_eagerly(True)
+        try:
+            yield
+        finally:
+            tf.config.run_functions_eagerly(False)
+
 
 # Data
 
