@@ -27,7 +27,9 @@ SETTINGS = {
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--backend", choices=["tensorflow", "jax", "torch"], help="default: as Keras")
-parser.add_argument("--dataset", default="auto", choices=["auto", "fashion_mnist", "mnist", "digits"])
+parser.add_argument(
+    "--dataset", default="auto", choices=["auto", "fashion_mnist", "mnist", "digits"]
+)
 parser.add_argument("--epochs", type=int, default=20)
 parser.add_argument("--method", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
 parser.add_argument("--seed", type=int, default=0)

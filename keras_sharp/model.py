@@ -331,7 +331,9 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             after = after._replace(noise=next_noise())
 
         evaluations = clean.evaluations + (perturbed.evaluations if self.fresh_noise else [])
-        finite = ops.logical_and(clean.finite, perturbed.finite) if self.fresh_noise else clean.finite
+        finite = (
+            ops.logical_and(clean.finite, perturbed.finite) if self.fresh_noise else clean.finite
+        )
         if scale is not None:
             direction = vectors.scale(scale, direction)
         if not any(direction is e.gradient for e in evaluations):  # Those were checked.
@@ -512,9 +514,7 @@ def _check_model(model):
         )
     for name, advice in _ADVICE.items():
         if not _is_from_keras(getattr(type(model), name)):
-            raise ValueError(
-                _OVERRIDDEN.format(name=name, cls=type(model).__name__, advice=advice)
-            )
+            raise ValueError(_OVERRIDDEN.format(name=name, cls=type(model).__name__, advice=advice))
 
 
 def _is_from_keras(function):

@@ -28,13 +28,16 @@ from keras_sharp.identifiers import look_up
 class Neighborhood:
     """Base class: a region around the weights, and a step to its border.
 
-    Subclasses write `perturbation`, `norm`, and `get_config`. All three
-    vector arguments are lists with one tensor per weight, where `None` marks
-    a weight that is not perturbed.
+    Subclasses write `climb`, `norm`, and `get_config`. All vector arguments
+    are lists with one tensor per weight, where `None` marks a weight that is
+    not perturbed.
     """
 
-    def perturbation(self, g, w, rho, biases=None):
-        """The perturbation of size `rho` that climbs the loss.
+    def climb(self, g, w, rho, biases=None):
+        """The perturbation of size `rho` that climbs the loss, as a product.
+
+        The factor is kept apart so that `w + factor * direction` can be had in
+        one pass over the weights.
 
         Args:
             g: the gradient, a list of tensors of any shapes, or `None`.
@@ -45,9 +48,14 @@ class Neighborhood:
                 `AdaptiveBall` reads it. Defaults to no biases.
 
         Returns:
-            A list like `g`: same shapes, dtypes and `None`s.
+            A pair: a scalar, and a list like `g` (same shapes, dtypes and
+            `None`s). Their product is the perturbation.
         """
         raise NotImplementedError
+
+    def perturbation(self, g, w, rho, biases=None):
+        """The perturbation of size `rho` that climbs the loss; see `climb`."""
+        return vectors.scale(*self.climb(g, w, rho, biases))
 
     def norm(self, e, w, biases=None):
         """The size of a perturbation as this neighborhood measures it."""
@@ -103,19 +111,17 @@ class Ball(Neighborhood):
             )
         self.p = float(p)
 
-    def perturbation(self, g, w, rho, biases=None):
+    def climb(self, g, w, rho, biases=None):
         if self.p == 2.0:
-            return vectors.scale(rho, _over_norm(g))
+            return _over(rho, vectors.norm(g)), g
         if math.isinf(self.p):
-            return vectors.scale(rho, vectors.map_present(_sign, g))
+            return rho, vectors.map_present(_sign, g)
         q = self.p / (self.p - 1.0)
         # The rule does not depend on the scale of g; largest entry 1 is safe.
-        largest = vectors.max_abs(g)
-        g = vectors.scale(vectors.quotient(ops.ones_like(largest), largest), g)
-        total = sum(ops.sum(_power(ops.abs(_widen(t)), q)) for t in vectors.present(g))
-        length = _power(total, 1.0 / self.p)
-        climb = vectors.map_present(lambda t: _sign(t) * _power(ops.abs(t), q - 1.0), g)
-        return vectors.scale(vectors.quotient(_like(rho, length), length), climb)
+        g = _scaled_to_one(g, vectors.max_abs(g))
+        length = _power(_sum_of_powers(g, q), 1.0 / self.p)
+        direction = vectors.map_present(lambda t: _sign(t) * _power(ops.abs(t), q - 1.0), g)
+        return _over(rho, length), direction
 
     def norm(self, e, w, biases=None):
         if self.p == 2.0:
@@ -123,8 +129,7 @@ class Ball(Neighborhood):
         largest = vectors.max_abs(e)
         if math.isinf(self.p):
             return largest
-        e = vectors.scale(vectors.quotient(ops.ones_like(largest), largest), e)
-        total = sum(ops.sum(_power(ops.abs(_widen(t)), self.p)) for t in vectors.present(e))
+        total = _sum_of_powers(_scaled_to_one(e, largest), self.p)
         return largest * _power(total, 1.0 / self.p)
 
     def project(self, e, w, rho, biases=None):
@@ -178,16 +183,17 @@ class AdaptiveBall(Neighborhood):
             for t, bias in zip(w, biases, strict=True)
         ]
 
-    def perturbation(self, g, w, rho, biases=None):
+    def climb(self, g, w, rho, biases=None):
         scales = self.scales(w, biases)
-        return _times(scales, self.ball.perturbation(_times(scales, g), w, rho))
+        factor, direction = self.ball.climb(_times(scales, g), w, rho)
+        return factor, _times(scales, direction)
 
     def norm(self, e, w, biases=None):
-        return self.ball.norm(_over(e, self.scales(w, biases)), w)
+        return self.ball.norm(_divided(e, self.scales(w, biases)), w)
 
     def project(self, e, w, rho, biases=None):
         scales = self.scales(w, biases)
-        return _times(scales, self.ball.project(_over(e, scales), w, rho))
+        return _times(scales, self.ball.project(_divided(e, scales), w, rho))
 
     def get_config(self):
         return {"eta": self.eta, "p": self.ball.p}
@@ -230,11 +236,11 @@ class WeightScaledBall(Neighborhood):
         """The factor `T`, as one tensor per weight."""
         return [ops.abs(t) + self.gamma for t in w]
 
-    def perturbation(self, g, w, rho, biases=None):
-        return vectors.scale(rho, _times(self.scales(w), _over_norm(g)))
+    def climb(self, g, w, rho, biases=None):
+        return _over(rho, vectors.norm(g)), _times(self.scales(w), g)
 
     def norm(self, e, w, biases=None):
-        return vectors.norm(_over(e, self.scales(w)))
+        return vectors.norm(_divided(e, self.scales(w)))
 
     def get_config(self):
         return {"gamma": self.gamma}
@@ -255,8 +261,8 @@ class Unnormalized(Neighborhood):
         - [Andriushchenko and Flammarion, 2022](https://arxiv.org/abs/2206.06232).
     """
 
-    def perturbation(self, g, w, rho, biases=None):
-        return vectors.scale(rho, g)
+    def climb(self, g, w, rho, biases=None):
+        return rho, g
 
     def norm(self, e, w, biases=None):
         return vectors.norm(e)
@@ -290,17 +296,25 @@ def get(identifier):
     return look_up(identifier, Neighborhood, NEIGHBORHOODS, "neighborhood")
 
 
-def _over_norm(g):
-    """`g / ‖g‖`, and zero for a zero gradient."""
-    length = vectors.norm(g)
-    return vectors.scale(vectors.quotient(ops.ones_like(length), length), g)
+def _over(rho, length):
+    """`rho / length`, and 0 where the length is 0."""
+    return vectors.quotient(_like(rho, length), length)
+
+
+def _scaled_to_one(x, largest):
+    """`x / largest`, and zero for a zero vector."""
+    return vectors.scale(vectors.quotient(ops.ones_like(largest), largest), x)
+
+
+def _sum_of_powers(x, exponent):
+    return sum(ops.sum(_power(ops.abs(_widen(t)), exponent)) for t in vectors.present(x))
 
 
 def _times(scales, x):
     return [None if t is None else s * t for s, t in zip(scales, x, strict=True)]
 
 
-def _over(x, scales):
+def _divided(x, scales):
     """`x / T`, and zero where `T` is: there the perturbation is zero as well."""
     return [
         None if t is None else t / ops.where(s == 0, ops.ones_like(s), s)

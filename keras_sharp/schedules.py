@@ -100,7 +100,9 @@ class Setting:
         if self.schedule is not None:
             return keras.saving.serialize_keras_object(self.schedule)
         current = float(ops.convert_to_numpy(self.variable))
-        unchanged = current == float(ops.convert_to_numpy(ops.cast(self.given, self.variable.dtype)))
+        unchanged = current == float(
+            ops.convert_to_numpy(ops.cast(self.given, self.variable.dtype))
+        )
         return float(self.given) if unchanged else current
 
     def _check(self, value):
@@ -185,5 +187,3 @@ class ProportionalToLearningRate:
     def from_config(cls, config):
         """Make a schedule from what `get_config` returned."""
         return cls(**config)
-
-

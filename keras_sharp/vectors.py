@@ -60,6 +60,16 @@ def add(x, y):
     return total
 
 
+def displaced(w, factor, direction):
+    """`w + factor * direction`; entries without a direction stay as they are."""
+    moving = [i for i, d in enumerate(direction) if d is not None]
+    moved = list(w)
+    targets = engine.add_scaled([w[i] for i in moving], factor, [direction[i] for i in moving])
+    for i, t in zip(moving, targets, strict=True):
+        moved[i] = t
+    return moved
+
+
 def subtract(x, y):
     """`x - y`."""
     return add(x, scale(-1.0, y))

@@ -9,7 +9,7 @@ Each engine file provides the same few names:
 | `apply(optimizer, gradients, variables)` | one optimizer step |
 | `average_micro_batches(fn, ...)` | `fn` over equal parts of a batch, averaged |
 | `compiled(fn)` | a pure function of tensors, compiled where the backend can |
-| `dot`, `scale`, `add` | the three operations on lists of tensors that need speed |
+| `dot`, `scale`, `add`, `add_scaled` | the operations on lists of tensors that need speed |
 | `Trainer` | the glue into Keras' `train_step` |
 | `global_seeds`, `random_state`, `set_random_state` | random numbers that are no state of the model |
 | `check_layers(model)` | refuse layers that this backend cannot differentiate this way |
@@ -35,6 +35,7 @@ else:
 
 Trainer = _engine.Trainer
 add = _engine.add
+add_scaled = _engine.add_scaled
 apply = _engine.apply
 average_micro_batches = _engine.average_micro_batches
 check_layers = _engine.check_layers

@@ -103,6 +103,11 @@ def add(xs, ys):
     return [x + y.astype(x.dtype) for x, y in zip(xs, ys, strict=True)]
 
 
+def add_scaled(ys, a, xs):
+    """`y + a * x` for each pair of two lists, in the dtype of `y`."""
+    return add(ys, scale(a, xs))
+
+
 def compiled(fn):
     """A pure function of tensors, compiled."""
     return jax.jit(fn)

@@ -105,6 +105,11 @@ def add(xs, ys):
     return [x + tf.cast(y, x.dtype) for x, y in zip(xs, ys, strict=True)]
 
 
+def add_scaled(ys, a, xs):
+    """`y + a * x` for each pair of two lists, in the dtype of `y`."""
+    return add(ys, scale(a, xs))
+
+
 def compiled(fn):
     """A pure function of tensors, compiled."""
     return tf.function(fn, reduce_retracing=True)

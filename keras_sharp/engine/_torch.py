@@ -110,6 +110,16 @@ def _is_plain(tensors, dtype):
     return bool(tensors) and all(t.dtype == dtype and not t.requires_grad for t in tensors)
 
 
+def add_scaled(ys, a, xs):
+    """`y + a * x` for each pair of two lists, in the dtype of `y`."""
+    scaled = scale(a, xs)
+    if _is_plain([*scaled, *ys], ys[0].dtype if ys else None):
+        # In place: half of the time of a large sum goes into fresh memory.
+        torch._foreach_add_(scaled, ys)
+        return scaled
+    return add(ys, scaled)
+
+
 def compiled(fn):
     """A pure function of tensors; PyTorch runs it as it is."""
     return fn

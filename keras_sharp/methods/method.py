@@ -141,14 +141,18 @@ class Method:
         Returns:
             A list like `g`.
         """
-        if not self.second_order:
-            return objective(vectors.add(w, self.perturbation(objective, w, g, rho))).gradient
 
-        def ascent(objective, w):
-            g = objective(w).gradient
-            return vectors.add(w, self.perturbation(objective, w, g, rho))
+        def ascent(objective, w, g):
+            if self.ascent_steps > 1:
+                return vectors.add(w, self.perturbation(objective, w, g, rho))
+            climb = self.neighborhood.climb(objective.perturbed(g), w, rho, objective.biases)
+            return vectors.displaced(w, *climb)
 
-        return objective.through(ascent, w).gradient
+        if self.second_order:
+            return objective.through(
+                lambda inner, v: ascent(inner, v, inner(v).gradient), w
+            ).gradient
+        return objective(ascent(objective, w, g)).gradient
 
     @property
     def settings(self):
