@@ -15,15 +15,16 @@ from keras_sharp.weights import get_choice, is_bias, is_overwritten
 EXTRA_LOGS = ("perturbed_loss", "sharpness", "grad_norm", "grad_cosine", "skipped_steps")
 
 _OVERRIDDEN = (
-    "The wrapped model has a `{name}` of its own, which SharpnessAwareModel would bypass. Received: "
-    "a model of the class {cls}. Expected a model that leaves `{name}` to keras.Model. {advice}"
+    "The wrapped model has a `{name}` of its own, which SharpnessAwareModel would bypass. "
+    "Received: a model of the class {cls}. Expected a model that leaves `{name}` to keras.Model. "
+    "{advice}"
 )
 _ADVICE = {
     "train_step": (
         "A custom loss belongs in `compute_loss` and custom metrics in `compute_metrics`: both are "
         "kept. A model whose step is more than loss and gradient (a GAN, say) cannot be wrapped."
     ),
-    "test_step": "Custom evaluation belongs in `compute_loss` and `compute_metrics`: both are kept.",
+    "test_step": "Custom evaluation belongs in `compute_loss` and `compute_metrics`: they are kept.",
     "predict_step": "Let `call` return what `predict` is to return.",
     "fit": "Do what it adds, such as preprocessing, to the data before `fit`.",
     "evaluate": "Do what it adds, such as preprocessing, to the data before `evaluate`.",

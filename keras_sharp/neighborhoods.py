@@ -164,7 +164,8 @@ class AdaptiveBall(Neighborhood):
 
     Example:
 
-    >>> method = keras_sharp.methods.GSAM(rho=0.5, neighborhood=keras_sharp.neighborhoods.AdaptiveBall())
+    >>> region = keras_sharp.neighborhoods.AdaptiveBall(eta=0.01)
+    >>> method = keras_sharp.methods.GSAM(rho=0.5, neighborhood=region)
 
     Reference:
         - [Kwon et al., 2021](https://arxiv.org/abs/2102.11600), equations 3 and 8. As in the

@@ -73,9 +73,9 @@ class Setting:
         """Set the value by hand."""
         if self.schedule is not None:
             raise TypeError(
-                f"`{self.name}` was given as a schedule ({self.schedule!r}), which sets it at every "
-                f"step; it cannot be set by hand. Received: {value!r}. Give `{self.name}` as a "
-                "float if a callback is to change it."
+                f"`{self.name}` was given as a schedule ({self.schedule!r}), which sets it at "
+                f"every step; it cannot be set by hand. Received: {value!r}. Give `{self.name}` "
+                "as a float if a callback is to change it."
             )
         self.variable.assign(self._check(value))
 

@@ -43,8 +43,6 @@ class Float64:
 
     #: To what accuracy a few dozen operations agree with NumPy.
     tolerance = {"rtol": 1e-12, "atol": 1e-13}  # noqa: RUF012
-    #: The same, where minimum, clip or stack take part: PyTorch's go through float32 in Keras.
-    tolerance_of_keras = tolerance if BACKEND != "torch" else {"rtol": 1e-6, "atol": 1e-7}
 
     @staticmethod
     def tensor(value):

@@ -186,9 +186,7 @@ REGIONS = {
         weight_scaled(0.01),
         lambda e, w, bias: p_norm(2)(e / (np.abs(w) + 0.01), w, bias),
     ),
-    "unnormalized": Region(
-        "Unnormalized", {}, unnormalized, p_norm(2), lambda e, w, bias, rho: e
-    ),
+    "unnormalized": Region("Unnormalized", {}, unnormalized, p_norm(2), lambda e, w, bias, rho: e),
 }
 
 

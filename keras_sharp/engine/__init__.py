@@ -4,15 +4,15 @@ Each engine file provides the same few names:
 
 | name | meaning |
 |---|---|
-| `value_and_gradient(fn, weights)` | `fn(weights) -> (scalar, aux)`, and the gradient; may be nested |
-| `run_if(condition, fn, variables)` | run `fn`, which assigns to `variables`, if the condition holds |
+| `value_and_gradient(fn, w)` | `fn(w) -> (scalar, aux)`, and the gradient; may be nested |
+| `run_if(condition, fn, variables)` | run `fn`, which assigns to `variables`, if it holds |
 | `apply(optimizer, gradients, variables)` | one optimizer step |
 | `average_micro_batches(fn, ...)` | `fn` over equal parts of a batch, averaged |
 | `compiled(fn)` | a pure function of tensors, compiled where the backend can |
 | `dot`, `scale`, `add`, `add_scaled` | the operations on lists of tensors that need speed |
 | `Trainer` | the glue into Keras' `train_step` |
-| `global_seeds`, `random_state`, `set_random_state` | random numbers that are no state of the model |
-| `check_layers(model)` | refuse layers that this backend cannot differentiate this way |
+| `global_seeds`, `random_state`, `set_random_state` | random numbers outside the model |
+| `check_layers(model)` | refuse layers that the engine cannot differentiate |
 """
 
 import keras
