@@ -9,6 +9,7 @@ from keras import ops
 from keras_sharp import engine, methods, vectors
 from keras_sharp.identifiers import did_you_mean
 from keras_sharp.objective import Objective, State, TrainingLoss
+from keras_sharp.schedules import full_precision
 from keras_sharp.weights import get_choice, is_bias, is_overwritten
 
 #: Logs that are computed only if asked for, by `extra_logs`.
@@ -24,7 +25,7 @@ _ADVICE = {
         "A custom loss belongs in `compute_loss` and custom metrics in `compute_metrics`: both are "
         "kept. A model whose step is more than loss and gradient (a GAN, say) cannot be wrapped."
     ),
-    "test_step": "Custom evaluation belongs in `compute_loss` and `compute_metrics`: they are kept.",
+    "test_step": "Custom evaluation belongs in `compute_loss` and `compute_metrics`, both kept.",
     "predict_step": "Let `call` return what `predict` is to return.",
     "fit": "Do what it adds, such as preprocessing, to the data before `fit`.",
     "evaluate": "Do what it adds, such as preprocessing, to the data before `evaluate`.",
@@ -138,7 +139,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             shape=(), dtype="int32", initializer="zeros", trainable=False, name="skipped_steps"
         )
         self.highest_learning_rate = self.add_weight(
-            shape=(), dtype="float32", initializer="zeros", trainable=False, name="max_lr"
+            shape=(), dtype=full_precision(), initializer="zeros", trainable=False, name="max_lr"
         )
         # Held by the model as well, to be saved and carried along with its weights.
         self.hyperparameter_variables = [s.variable for s in self.method.settings.values()]
@@ -345,34 +346,38 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             "loss": clean_loss,
             "direction": list(direction),
             "method_state": list(memory),
-            # A count, so that the mean over micro-batches is 0 only if all are finite.
-            "not_finite": 1.0 - ops.cast(finite, "float32"),
+            "finite": ops.cast(finite, "float32"),
             "extra_logs": self._extra_values(clean_loss, g, evaluations[-1]),
         }
         return result, after, y_pred
 
     def _commit(self, loss, after, result):
         """Write the outcome of a step into the variables, all of it or nothing."""
-        finite = ops.equal(result["not_finite"], 0)
+        # The mean over micro-batches of 1 for finite and 0 for not.
+        finite = result["finite"] > 1 - 1e-6
         weights, optimizer, direction = loss.weights, self.optimizer, result["direction"]
         _assign(loss.variables.trackers, after.trackers)  # They tell of skipped steps, too.
-        variables = [*loss.variables.noise, *loss.variables.statistics, *self.method_state]
+        state = [*loss.variables.noise, *loss.variables.statistics, *self.method_state]
         values = [*after.noise, *after.statistics, *result["method_state"]]
+        own_skip = self._scales_loss_dynamically()
 
-        if self._scales_loss_dynamically():
-            engine.run_if(finite, lambda: _assign(variables, values), variables)
-            # The optimizer skips the step, and lowers its scale, when it sees a NaN.
+        def write():
+            _assign(state, values)
+            if not own_skip:
+                engine.apply(optimizer, direction, weights)
+
+        def skip():
+            self.skipped_steps.assign_add(1)
+
+        written = [self.skipped_steps, *state]
+        if not own_skip:
+            written += [*weights, *optimizer.variables]
+        engine.run_either(finite, write, skip, written)
+        if own_skip:
+            # It skips the step, and lowers its scale, by itself when it sees a NaN.
             poison = ops.where(finite, 0.0, float("nan"))
             direction = vectors.map_present(lambda d: d + ops.cast(poison, d.dtype), direction)
             engine.apply(optimizer, direction, weights)
-        else:
-
-            def write():
-                _assign(variables, values)
-                engine.apply(optimizer, direction, weights)
-
-            engine.run_if(finite, write, [*variables, *weights, *optimizer.variables])
-        self.skipped_steps.assign_add(1 - ops.cast(finite, self.skipped_steps.dtype))
 
     def _update_logs(self, x, y, y_pred, sample_weight, size, result, hyperparameters):
         engine.loss_tracker(self).update_state(result["loss"], sample_weight=size)

@@ -113,11 +113,12 @@ class Objective:
     @property
     def finite(self):
         """Scalar Boolean tensor: were all losses and gradients so far finite?"""
-        finite = True
+        # A sum is finite only if all its terms are: one check for all of them.
+        total = 0.0
         for loss, gradient in self.evaluations:
-            ok = ops.logical_and(ops.isfinite(loss), ops.isfinite(vectors.norm(gradient)))
-            finite = ops.logical_and(finite, ok)
-        return finite
+            norm = vectors.norm(gradient)
+            total = total + (norm + ops.cast(loss, norm.dtype))
+        return ops.isfinite(total)
 
     def _evaluate(self, value_fn, w):
         def scaled(weights):
@@ -198,14 +199,14 @@ class TrainingLoss:
         mapping = list(zip(self.weights, w, strict=True))
         for variables, values in zip(self.variables, state, strict=True):
             mapping += zip(variables, values, strict=True)
-        with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
-            before = [scope.get_current_value(v) for v in self.variables.statistics]
+        with engine.stateless_scope(mapping) as scope:
             y_pred = self._model.model(x, training=True)
             loss = self._model.compute_loss(
                 x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
             )
         after = State(*([scope.get_current_value(v) for v in group] for group in self.variables))
         moved = [
-            None if new is old else new for new, old in zip(after.statistics, before, strict=True)
+            None if new is old else new
+            for new, old in zip(after.statistics, state.statistics, strict=True)
         ]
         return loss, (y_pred, after._replace(statistics=moved))

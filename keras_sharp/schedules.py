@@ -46,6 +46,11 @@ class Hyperparameter:
             method.settings[self.name] = Setting(self.name, value, self.minimum)
 
 
+def full_precision():
+    """The dtype of numbers such as rho, whatever smaller dtype the model has."""
+    return "float64" if keras.config.floatx() == "float64" else "float32"
+
+
 class Setting:
     """The value of one hyperparameter of one method: a variable and its schedule.
 
@@ -65,9 +70,7 @@ class Setting:
         self.given = value
         self.schedule = value if callable(value) else None
         initial = 0.0 if self.schedule else self._check(value)
-        # Always a full-precision number, whatever dtype the model has.
-        dtype = "float64" if keras.config.floatx() == "float64" else "float32"
-        self.variable = keras.Variable(initial, dtype=dtype, trainable=False, name=name)
+        self.variable = keras.Variable(initial, dtype=full_precision(), trainable=False, name=name)
 
     def assign(self, value):
         """Set the value by hand."""

@@ -60,19 +60,15 @@ def add(x, y):
     return total
 
 
-def displaced(w, factor, direction):
-    """`w + factor * direction`; entries without a direction stay as they are."""
-    moving = [i for i, d in enumerate(direction) if d is not None]
-    moved = list(w)
-    targets = engine.add_scaled([w[i] for i in moving], factor, [direction[i] for i in moving])
-    for i, t in zip(moving, targets, strict=True):
-        moved[i] = t
-    return moved
-
-
-def subtract(x, y):
-    """`x - y`."""
-    return add(x, scale(-1.0, y))
+def add_scaled(x, a, y):
+    """`x + a * y` for a scalar `a`; where only one of the two has an entry, that part alone."""
+    both = [i for i, (s, t) in enumerate(zip(x, y, strict=True)) if s is not None and t is not None]
+    alone = [t if s is None else None for s, t in zip(x, y, strict=True)]
+    total = [s if t is None else t for s, t in zip(x, scale(a, alone), strict=True)]
+    sums = engine.add_scaled([x[i] for i in both], a, [y[i] for i in both])
+    for i, t in zip(both, sums, strict=True):
+        total[i] = t
+    return total
 
 
 def dot(x, y):
@@ -91,8 +87,8 @@ def norm(x):
 def _norm(x):
     squared = dot(x, x)
     low, high = _SAFE_SQUARE
-    return ops.cond(
-        ops.logical_and(squared > low, squared < high),
+    return engine.cond(
+        (squared > low) & (squared < high),
         lambda: ops.sqrt(squared),
         lambda: _norm_by_largest(x),
     )
@@ -131,9 +127,8 @@ def accumulator_dtype(tensor):
 
 
 def quotient(a, b):
-    """`a / b` for scalars, and 0 where `b` is 0."""
-    zero = ops.equal(b, 0)
-    return ops.where(zero, ops.zeros_like(b), a / ops.where(zero, ops.ones_like(b), b))
+    """`a / b` for scalars, and 0 where `b` is 0; so is the derivative."""
+    return engine.quotient(a, b)
 
 
 def reject(x, onto):
@@ -150,12 +145,12 @@ def reject(x, onto):
 
     # Dividing the two products, not the vectors, makes the rejection of a
     # vector from itself exactly zero: GSAM at rho 0 is then plain training.
-    coefficient = ops.cond(
-        ops.logical_and(squared > low, squared < high),
+    coefficient = engine.cond(
+        (squared > low) & (squared < high),
         lambda: product / squared,
         by_largest,
     )
-    return add(x, scale(-coefficient, onto))
+    return add_scaled(x, -coefficient, onto)
 
 
 def cosine(x, y):

@@ -196,8 +196,18 @@ class Recorder(layers.Layer):
         if not training:
             return x
         mask = self._draw()
-        self._write(ops.convert_to_numpy(ops.stop_gradient(mask)).copy())
+        if not _is_abstract(mask):
+            self._write(ops.convert_to_numpy(mask).copy())
         return x * mask
+
+
+def _is_abstract(tensor):
+    """Whether JAX only looks for shapes here."""
+    if BACKEND != "jax":
+        return False
+    import jax
+
+    return isinstance(tensor, jax.core.Tracer)
 
 
 # Variables

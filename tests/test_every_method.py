@@ -298,8 +298,9 @@ def test_asking_leaves_no_trace(name):
     compare_asking_with_plain(models.batchnorm_net, name, bits=True)
 
 
+@pytest.mark.slow
 @COMPILED
-@MOST_METHODS
+@EVERY_METHOD
 def test_asking_leaves_no_trace_compiled(name):
     compare_asking_with_plain(models.mlp, name)
 

@@ -35,7 +35,7 @@ def shaped(flat, float64):
 
 
 def flat(tensors):
-    return oracles.join([ops.convert_to_numpy(ops.cast(t, "float64")) for t in tensors])
+    return oracles.join([ops.convert_to_numpy(t) for t in tensors])
 
 
 # Steps

@@ -137,9 +137,15 @@ def test_mixed_float16_is_close_to_float32(dtype_policy, method):
         wrapper.train_on_batch(*batch)
         reference.train_on_batch(*batch)
     assert int(wrapper.skipped_steps) == 0
-    for got, expected, start in zip(
-        values(half.trainable_variables), values(full.trainable_variables), before, strict=True
+    for v, got, expected, start in zip(
+        full.trainable_variables,
+        values(half.trainable_variables),
+        values(full.trainable_variables),
+        before,
+        strict=True,
     ):
+        if v.path.endswith("first/bias"):
+            continue  # Before a BatchNormalization the gradient of a bias is rounding only.
         step = np.linalg.norm(expected - start)
         np.testing.assert_allclose(got, expected, atol=0.03 * step + 1e-4)
     assert_close(half.non_trainable_variables, full.non_trainable_variables, rtol=2e-2, atol=2e-3)

@@ -5,11 +5,13 @@ Each engine file provides the same few names:
 | name | meaning |
 |---|---|
 | `value_and_gradient(fn, w)` | `fn(w) -> (scalar, aux)`, and the gradient; may be nested |
-| `run_if(condition, fn, variables)` | run `fn`, which assigns to `variables`, if it holds |
+| `cond(condition, if_true, if_false)` | the value of one of two functions |
+| `run_either(condition, if_true, if_false, variables)` | run what assigns to variables |
 | `apply(optimizer, gradients, variables)` | one optimizer step |
 | `average_micro_batches(fn, ...)` | `fn` over equal parts of a batch, averaged |
 | `compiled(fn)` | a pure function of tensors, compiled where the backend can |
 | `dot`, `scale`, `add`, `add_scaled` | the operations on lists of tensors that need speed |
+| `quotient(a, b)` | `a / b` for scalars, and 0 where `b` is 0 |
 | `Trainer` | the glue into Keras' `train_step` |
 | `global_seeds`, `random_state`, `set_random_state` | random numbers outside the model |
 | `check_layers(model)` | refuse layers that the engine cannot differentiate |
@@ -19,6 +21,7 @@ import keras
 
 from keras_sharp.engine._keras import loss_tracker as loss_tracker
 from keras_sharp.engine._keras import share_compiled_state as share_compiled_state
+from keras_sharp.engine._keras import stateless_scope as stateless_scope
 
 if keras.backend.backend() == "tensorflow":
     from keras_sharp.engine import _tensorflow as _engine
@@ -40,10 +43,12 @@ apply = _engine.apply
 average_micro_batches = _engine.average_micro_batches
 check_layers = _engine.check_layers
 compiled = _engine.compiled
+cond = _engine.cond
 dot = _engine.dot
 global_seeds = _engine.global_seeds
+quotient = _engine.quotient
 random_state = _engine.random_state
-run_if = _engine.run_if
+run_either = _engine.run_either
 scale = _engine.scale
 set_random_state = _engine.set_random_state
 value_and_gradient = _engine.value_and_gradient

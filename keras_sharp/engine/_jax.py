@@ -10,16 +10,24 @@ def value_and_gradient(fn, weights):
     return jax.value_and_grad(fn, has_aux=True)(weights)
 
 
-def run_if(condition, fn, variables):
-    """Run `fn`, which assigns to `variables`, if `condition` holds."""
+def cond(condition, if_true, if_false):
+    """The value of one of two functions without arguments."""
+    return jax.lax.cond(condition, if_true, if_false)
+
+
+def run_either(condition, if_true, if_false, variables):
+    """Run one of two functions that assign to some of `variables`."""
     old = [v.value for v in variables]
 
-    def run():
-        with keras.StatelessScope(state_mapping=zip(variables, old, strict=True)) as scope:
-            fn()
-        return [scope.get_current_value(v) for v in variables]
+    def branch(fn):
+        def run():
+            with keras.StatelessScope(state_mapping=zip(variables, old, strict=True)) as scope:
+                fn()
+            return [scope.get_current_value(v) for v in variables]
 
-    new = jax.lax.cond(condition, run, lambda: old)
+        return run
+
+    new = jax.lax.cond(condition, branch(if_true), branch(if_false))
     for variable, value in zip(variables, new, strict=True):
         variable.assign(value)
 
@@ -106,6 +114,11 @@ def add(xs, ys):
 def add_scaled(ys, a, xs):
     """`y + a * x` for each pair of two lists, in the dtype of `y`."""
     return add(ys, scale(a, xs))
+
+
+def quotient(a, b):
+    """`a / b` for scalars, and 0 with derivative 0 where `b` is 0."""
+    return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
 
 
 def compiled(fn):

@@ -3,7 +3,22 @@
 `tests/test_private_keras.py` fails loudly when Keras changes one of them.
 """
 
+import keras
 from keras.src.random.seed_generator import global_seed_generator
+
+
+def stateless_scope(mapping):
+    """A `keras.StatelessScope` for tensors of the right dtype and shape.
+
+    The constructor converts and checks every value, which eager PyTorch pays
+    for in each pass. What a step maps are values of the variables themselves.
+
+    Args:
+        mapping: pairs of a variable and a tensor.
+    """
+    scope = keras.StatelessScope(collect_losses=True)
+    scope.state_mapping.update((id(variable), value) for variable, value in mapping)
+    return scope
 
 
 def share_compiled_state(wrapper, model):

@@ -18,15 +18,23 @@ def value_and_gradient(fn, weights):
     return (value, aux), gradient
 
 
-def run_if(condition, fn, variables):
-    """Run `fn`, which assigns to `variables`, if `condition` holds."""
+def cond(condition, if_true, if_false):
+    """The value of one of two functions without arguments."""
+    return tf.cond(condition, if_true, if_false)
+
+
+def run_either(condition, if_true, if_false, variables):
+    """Run one of two functions that assign to some of `variables`."""
     del variables  # TensorFlow follows assignments by itself.
 
-    def run():
-        fn()
-        return tf.constant(True)
+    def branch(fn):
+        def run():
+            fn()
+            return tf.constant(0)  # A branch must return something.
 
-    tf.cond(condition, run, lambda: tf.constant(False))
+        return run
+
+    tf.cond(condition, branch(if_true), branch(if_false))
 
 
 def apply(optimizer, gradients, variables):
@@ -108,6 +116,11 @@ def add(xs, ys):
 def add_scaled(ys, a, xs):
     """`y + a * x` for each pair of two lists, in the dtype of `y`."""
     return add(ys, scale(a, xs))
+
+
+def quotient(a, b):
+    """`a / b` for scalars, and 0 with derivative 0 where `b` is 0."""
+    return tf.math.divide_no_nan(a, b)
 
 
 def compiled(fn):

@@ -25,11 +25,18 @@ def _detach(t):
     return t.detach() if isinstance(t, torch.Tensor) else t
 
 
-def run_if(condition, fn, variables):
-    """Run `fn`, which assigns to `variables`, if `condition` holds."""
+def cond(condition, if_true, if_false):
+    """The value of one of two functions without arguments."""
+    return if_true() if condition else if_false()
+
+
+def run_either(condition, if_true, if_false, variables):
+    """Run one of two functions that assign to some of `variables`."""
     del variables  # PyTorch runs at once: there is nothing to follow.
     if condition:
-        fn()
+        if_true()
+    else:
+        if_false()
 
 
 def apply(optimizer, gradients, variables):
@@ -118,6 +125,11 @@ def add_scaled(ys, a, xs):
         torch._foreach_add_(scaled, ys)
         return scaled
     return add(ys, scaled)
+
+
+def quotient(a, b):
+    """`a / b` for scalars, and 0 with derivative 0 where `b` is 0."""
+    return a / b if b != 0 else torch.zeros_like(b)
 
 
 def compiled(fn):

@@ -69,4 +69,4 @@ class BSAM(Method):
         g_down = self.gradient_at_adversary(objective, w, g, -rho_min)
         g_up = self.gradient_at_adversary(objective, w, g, rho)
         ratio = vectors.quotient(vectors.norm(g_up), vectors.norm(g_down))
-        return vectors.subtract(vectors.add(g_up, g), vectors.scale(ratio, g_down))
+        return vectors.add_scaled(vectors.add(g_up, g), -ratio, g_down)

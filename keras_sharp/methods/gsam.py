@@ -56,4 +56,4 @@ class GSAM(Method):
     def direction(self, objective, w, g, rho, alpha):
         g_adv = self.gradient_at_adversary(objective, w, g, rho)
         g_perp = vectors.reject(g, onto=g_adv)
-        return vectors.add(g_adv, vectors.scale(-alpha, g_perp))
+        return vectors.add_scaled(g_adv, -alpha, g_perp)

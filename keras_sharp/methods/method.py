@@ -146,7 +146,7 @@ class Method:
             if self.ascent_steps > 1:
                 return vectors.add(w, self.perturbation(objective, w, g, rho))
             climb = self.neighborhood.climb(objective.perturbed(g), w, rho, objective.biases)
-            return vectors.displaced(w, *climb)
+            return vectors.add_scaled(w, *climb)
 
         if self.second_order:
             return objective.through(

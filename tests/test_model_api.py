@@ -1,0 +1,540 @@
+"""Everything one does with a Keras model works with the wrapper: compile, fit, evaluate, predict."""
+
+import csv
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_sharp import SharpnessAwareModel, methods
+from tests import models
+from tests.models import BACKEND, assert_close, assert_same, values
+
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+NO_STEPS_PER_EXECUTION = pytest.mark.skipif(
+    BACKEND == "torch", reason="Keras has no steps_per_execution on PyTorch"
+)
+FIT = {"batch_size": 4, "shuffle": False, "verbose": 0}
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def classifier(method="sam", model=None, metrics=("accuracy",), optimizer=None, **kwargs):
+    wrapper = SharpnessAwareModel(model or models.mlp(outputs=3), method)
+    wrapper.compile(
+        optimizer or keras.optimizers.SGD(0.1), LOSS, metrics=list(metrics), **kwargs
+    )
+    return wrapper
+
+
+class Trained:
+    """One compiled wrapper for many tests: `fresh` takes it back to the start."""
+
+    def __init__(self):
+        self.wrapper = classifier()
+        self.wrapper.fit(*models.classification(12), **FIT)
+        self.variables = [*self.wrapper.variables, *self.wrapper.optimizer.variables]
+        self.start = values(self.variables)
+
+    def fresh(self):
+        models.assign(self.variables, self.start)
+        return self.wrapper
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return Trained()
+
+
+# Kinds of models
+
+
+class Plain(keras.Model):
+    """Its `call` knows no `training`."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def functional():
+    inputs = keras.Input((3,))
+    return keras.Model(inputs, layers.Dense(3)(layers.Dense(4, "tanh")(inputs)))
+
+
+def subclassed_built():
+    model = models.Subclassed(outputs=3)
+    model(np.ones((1, 3), "float32"))
+    return model
+
+
+KINDS = {
+    "sequential": lambda: models.mlp(outputs=3),
+    "sequential_not_built": lambda: keras.Sequential([layers.Dense(4, "tanh"), layers.Dense(3)]),
+    "functional": functional,
+    "subclassed": subclassed_built,
+    "subclassed_not_built": lambda: models.Subclassed(outputs=3),
+    "without_training_argument": Plain,
+    "nested": lambda: keras.Sequential([keras.Input((3,)), functional()]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_trains_as_by_hand(kind):
+    inner = KINDS[kind]()
+    wrapper = classifier(model=inner)
+    x, y = models.classification()
+    wrapper.predict(x, verbose=0)  # Builds what is not built, so that it can be copied.
+    copy = KINDS[kind]()
+    copy(x)
+    models.assign(copy.variables, values(inner.variables))
+    copy.compile(keras.optimizers.SGD(0.1), LOSS)
+    wrapper.train_on_batch(x, y)
+    models.step_by_hand(copy, x, y)
+    assert_close(inner.variables, copy.variables)
+
+
+@pytest.mark.parametrize("kind", ["sequential_not_built", "subclassed_not_built"])
+@pytest.mark.parametrize("method", ["sam", slow("bsam")])
+def test_a_model_that_is_not_built_is_built_by_fit(kind, method):
+    wrapper = classifier(method, KINDS[kind]())
+    history = wrapper.fit(*models.classification(12), epochs=2, **FIT).history
+    assert history["loss"][1] < history["loss"][0]
+    assert wrapper.built and wrapper.model.built
+    assert int(wrapper.optimizer.iterations) == 6
+
+
+def test_the_wrapper_has_the_weights_of_the_model_and_no_others():
+    inner = models.batchnorm_net()
+    wrapper = SharpnessAwareModel(inner, "gsam")
+    assert [v.path for v in wrapper.trainable_variables] == [
+        v.path for v in inner.trainable_variables
+    ]
+    assert wrapper.count_params() - inner.count_params() == len(
+        [wrapper.skipped_steps, wrapper.highest_learning_rate, *wrapper.method.settings]
+    )
+
+
+# fit, evaluate, predict
+
+
+def test_fit_reports_loss_metrics_and_rho(trained):
+    history = trained.fresh().fit(*models.classification(12), epochs=2, **FIT)
+    assert set(history.history) == {"loss", "accuracy", "rho"}
+    assert all(len(numbers) == 2 for numbers in history.history.values())
+    np.testing.assert_allclose(history.history["rho"], [0.05, 0.05])
+
+
+def test_fit_takes_positional_arguments(trained):
+    x, y = models.classification(12)
+    assert len(trained.fresh().fit(x, y, 4, 3, 0).history["loss"]) == 3
+
+
+def test_fit_twice_goes_on_where_it_stopped(trained):
+    data = models.classification(12)
+    wrapper = trained.fresh()
+    wrapper.fit(*data, epochs=4, **FIT)
+    together = values(wrapper.model.variables)
+    wrapper = trained.fresh()
+    for _ in range(2):
+        wrapper.fit(*data, epochs=2, **FIT)
+    assert_same(wrapper.model.variables, together, bits=True)
+
+
+def test_evaluate_and_predict_are_those_of_the_wrapped_model(trained):
+    wrapper = trained.fresh()
+    inner = wrapper.model
+    x, y = models.classification(10)
+    logs = wrapper.evaluate(x, y, batch_size=4, verbose=0, return_dict=True)
+    assert set(logs) == {"loss", "accuracy"}
+    assert_close(list(logs.values()), list(inner.evaluate(x, y, 4, verbose=0, return_dict=True).values()))
+    assert_close(wrapper.evaluate(x, y, verbose=0), inner.evaluate(x, y, verbose=0))
+    assert_close(wrapper.test_on_batch(x, y), inner.test_on_batch(x, y))
+    assert_same([wrapper.predict(x, verbose=0)], [inner.predict(x, verbose=0)])
+    assert_same([wrapper.predict_on_batch(x)], [inner.predict_on_batch(x)])
+    assert_close([wrapper(x)], [inner.predict(x, verbose=0)])
+
+
+def test_evaluate_weights_examples(trained):
+    wrapper = trained.fresh()
+    x, y = models.classification(10)
+    weights = np.linspace(0, 2, 10)
+    got = wrapper.evaluate(x, y, sample_weight=weights, verbose=0)
+    assert_close(got, wrapper.model.evaluate(x, y, sample_weight=weights, verbose=0))
+
+
+def test_predict_needs_no_compile():
+    inner = models.mlp()
+    x, _ = models.regression()
+    assert_close([SharpnessAwareModel(inner).predict(x, verbose=0)], [inner.predict(x, verbose=0)])
+
+
+def test_the_training_argument_is_passed_on():
+    inner = models.dropout_net()
+    wrapper = SharpnessAwareModel(inner)
+    x, _ = models.regression()
+    calm = keras.ops.convert_to_numpy(wrapper(x, training=False))
+    assert_same([calm], [inner(x, training=False)])
+    noisy = keras.ops.convert_to_numpy(keras.ops.stop_gradient(wrapper(x, training=True)))
+    assert np.any(noisy != calm)
+
+
+def test_train_on_batch_returns_a_dict_or_a_list(trained):
+    wrapper = trained.fresh()
+    x, y = models.classification(4)
+    logs = wrapper.train_on_batch(x, y, return_dict=True)
+    assert set(logs) == {"loss", "accuracy", "rho"}
+    wrapper = trained.fresh()
+    wrapper.reset_metrics()
+    loss, accuracy, rho = wrapper.train_on_batch(x, y)
+    assert_close([loss, accuracy, rho], [logs["loss"], logs["accuracy"], logs["rho"]])
+
+
+def test_metrics_are_listed_once(trained):
+    metrics = trained.fresh().metrics
+    assert len({id(m) for m in metrics}) == len(metrics)
+    assert len(trained.wrapper.metrics_variables) == len(
+        {id(v) for v in trained.wrapper.metrics_variables}
+    )
+
+
+def test_validation_data_is_evaluated_after_each_epoch(trained):
+    wrapper = trained.fresh()
+    validation = models.classification(6, seed=1)
+    history = wrapper.fit(
+        *models.classification(12), validation_data=validation, epochs=2, **FIT
+    ).history
+    assert set(history) == {"loss", "accuracy", "rho", "val_loss", "val_accuracy"}
+    expected = wrapper.model.evaluate(*validation, verbose=0)
+    assert_close([history["val_loss"][-1], history["val_accuracy"][-1]], expected)
+
+
+def test_validation_split_keeps_the_last_examples_out(trained):
+    x, y = models.classification(12)
+    wrapper = trained.fresh()
+    history = wrapper.fit(x, y, validation_split=1 / 3, **FIT).history
+    split = values(wrapper.model.variables)
+    trained.fresh().fit(x[:8], y[:8], **FIT)
+    assert_same(split, trained.wrapper.model.variables, bits=True)
+    expected = wrapper.model.evaluate(x[8:], y[8:], verbose=0)
+    assert_close([history["val_loss"][0], history["val_accuracy"][0]], expected)
+
+
+# Kinds of data
+
+
+class Batches(keras.utils.PyDataset):
+    """The twelve examples in batches of four."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        x, y = models.classification(12)
+        return x[4 * index : 4 * index + 4], y[4 * index : 4 * index + 4]
+
+
+def tf_data():
+    tf = pytest.importorskip("tensorflow")
+    return tf.data.Dataset.from_tensor_slices(models.classification(12)).batch(4)
+
+
+def generator():
+    while True:
+        yield from (Batches()[i] for i in range(3))
+
+
+def data_loader():
+    torch = pytest.importorskip("torch")
+    data = torch.utils.data.TensorDataset(*map(torch.as_tensor, models.classification(12)))
+    return torch.utils.data.DataLoader(data, batch_size=4)
+
+
+SOURCES = {
+    "tf.data": (tf_data, {}),
+    "PyDataset": (Batches, {"shuffle": False}),
+    "generator": (generator, {"steps_per_epoch": 3}),
+    "DataLoader": (data_loader, {"shuffle": False}),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_any_source_of_data_gives_the_same_training(trained, source):
+    make, kwargs = SOURCES[source]
+    trained.fresh().fit(*models.classification(12), epochs=2, **FIT)
+    expected = values(trained.wrapper.model.variables)
+    trained.fresh().fit(make(), epochs=2, verbose=0, **kwargs)
+    assert_close(trained.wrapper.model.variables, expected, rtol=1e-6)
+
+
+# How a step is run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"jit_compile": False},
+        {"run_eagerly": True},
+        pytest.param(
+            {"jit_compile": True}, marks=[pytest.mark.slow] if BACKEND == "torch" else []
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["sam", slow("gsam"), slow("bsam")])
+def test_compiled_and_eager_steps_agree(method, options):
+    inner, copy = models.twins(models.mlp, outputs=3)
+    wrapper = classifier(method, inner, metrics=(), **options)
+    copy.compile(keras.optimizers.SGD(0.1), LOSS)
+    for seed in range(2):
+        batch = models.classification(seed=seed)
+        wrapper.train_on_batch(*batch)
+        models.step_by_hand(copy, *batch, method=method)
+    assert_close(inner.variables, copy.variables)
+
+
+@NO_STEPS_PER_EXECUTION
+@pytest.mark.parametrize("steps", [3, slow(2)])
+def test_several_steps_per_execution_are_several_steps(trained, steps):
+    x, y = models.classification(20)
+    trained.fresh().fit(x, y, epochs=2, **FIT)
+    wrapper = classifier(steps_per_execution=steps)
+    models.assign(wrapper.model.variables, trained.start[: len(wrapper.model.variables)])
+    start = values(trained.fresh().model.variables)
+    models.assign(wrapper.model.variables, start)
+    history = wrapper.fit(x, y, epochs=2, **FIT).history
+    expected = trained.fresh().fit(x, y, epochs=2, **FIT).history
+    assert_close(wrapper.model.variables, trained.wrapper.model.variables)
+    assert_close([history[k] for k in expected], list(expected.values()))
+    assert int(wrapper.optimizer.iterations) == 10
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """How often the step was run as a Python function."""
+    count = []
+    step = SharpnessAwareModel.sharpness_aware_step
+
+    def counting(self, data):
+        count.append(1)
+        return step(self, data)
+
+    monkeypatch.setattr(SharpnessAwareModel, "sharpness_aware_step", counting)
+    return count
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras compiles nothing on PyTorch by default")
+def test_nothing_is_compiled_after_the_first_step(traces):
+    wrapper = classifier(methods.BSAM(rho=0.05, rho_min=0.02))
+    x, y = models.classification(12)
+    wrapper.train_on_batch(x, y)
+    first = len(traces)
+    for value in (0.1, 0.0, 0.2):
+        wrapper.method.rho = value
+        logs = wrapper.train_on_batch(x, y, return_dict=True)
+        np.testing.assert_allclose(logs["rho"], value)
+    wrapper.optimizer.learning_rate = 0.01
+    wrapper.train_on_batch(x, y)
+    assert len(traces) == first
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras compiles nothing on PyTorch by default")
+def test_fit_compiles_once_for_equal_batches(traces):
+    wrapper = classifier()
+    wrapper.fit(*models.classification(12), epochs=1, **FIT)
+    first = len(traces)
+    wrapper.fit(*models.classification(12), epochs=2, **FIT)
+    assert len(traces) == first
+
+
+def test_a_new_rho_takes_effect_in_the_next_step():
+    wrapper, copy = SharpnessAwareModel(models.mlp()), models.mlp()
+    wrapper.compile(keras.optimizers.SGD(0.1), "mse")
+    copy.compile(keras.optimizers.SGD(0.1), "mse")
+    for seed, rho in enumerate((0.05, 0.5)):
+        wrapper.method.rho = rho
+        wrapper.train_on_batch(*models.regression(seed=seed))
+        models.step_by_hand(copy, *models.regression(seed=seed), rho=rho)
+    assert_close(wrapper.model.variables, copy.variables)
+
+
+# Compiling
+
+
+def test_the_default_optimizer_is_that_of_keras():
+    wrapper = SharpnessAwareModel(models.mlp())
+    wrapper.compile(loss="mse")
+    assert isinstance(wrapper.optimizer, keras.optimizers.RMSprop)
+    assert wrapper.model.optimizer is wrapper.optimizer
+
+
+def test_compiling_again_after_freezing_a_layer():
+    wrapper = classifier(optimizer=keras.optimizers.Adam(0.1))
+    x, y = models.classification(8)
+    wrapper.train_on_batch(x, y)
+    frozen = wrapper.model.get_layer("first")
+    frozen.trainable = False
+    wrapper.compile(keras.optimizers.Adam(0.1), LOSS, metrics=["accuracy"])
+    before = values(frozen.variables)
+    last = values(wrapper.model.get_layer("last").variables)
+    wrapper.train_on_batch(x, y)
+    assert_same(frozen.variables, before, bits=True)
+    assert np.all(values(wrapper.model.get_layer("last").variables)[0] != last[0])
+    frozen.trainable = True
+    wrapper.compile(keras.optimizers.Adam(0.1), LOSS)
+    wrapper.train_on_batch(x, y)
+    assert np.any(values(frozen.variables)[0] != before[0])
+
+
+def test_compiling_again_replaces_loss_and_metrics():
+    wrapper = classifier(model=models.mlp(outputs=1))
+    wrapper.compile("sgd", "mae", metrics=["mse"])
+    x, y = models.regression()
+    logs = wrapper.train_on_batch(x, y, return_dict=True)
+    assert set(logs) == {"loss", "mse", "rho"}
+    assert set(wrapper.model.evaluate(x, y, verbose=0, return_dict=True)) == {"loss", "mse"}
+
+
+def test_the_wrapped_model_trains_plainly_by_itself():
+    inner, plain = models.twins(models.mlp)
+    wrapper = SharpnessAwareModel(inner)
+    wrapper.compile(keras.optimizers.SGD(0.1), "mse")
+    plain.compile(keras.optimizers.SGD(0.1), "mse")
+    x, y = models.regression()
+    inner.fit(x, y, **FIT)
+    plain.fit(x, y, **FIT)
+    assert_same(inner.variables, plain.variables)
+    wrapper.fit(x, y, **FIT)
+    for start in (0, 4):
+        models.step_by_hand(plain, x[start : start + 4], y[start : start + 4])
+    assert_close(inner.variables, plain.variables)
+
+
+def test_two_wrappers_may_take_turns_with_one_model():
+    inner, copy = models.twins(models.mlp)
+    copy.compile(keras.optimizers.SGD(0.1), "mse")
+    batch = models.regression()
+    for method in ("sam", "gsam"):
+        wrapper = SharpnessAwareModel(inner, method)
+        wrapper.compile(keras.optimizers.SGD(0.1), "mse")
+        wrapper.train_on_batch(*batch)
+        models.step_by_hand(copy, *batch, method=method)
+    assert_close(inner.variables, copy.variables)
+
+
+def test_summary_shows_the_layers(capsys):
+    wrapper = SharpnessAwareModel(models.mlp(), name="flat")
+    lines = []
+    wrapper.summary(print_fn=lines.append)
+    text = "\n".join(map(str, lines)) + capsys.readouterr().out
+    assert "flat" in text
+    assert "sequential" in text
+    lines = []
+    wrapper.summary(print_fn=lines.append, expand_nested=True)
+    assert "first" in "\n".join(map(str, lines)) + capsys.readouterr().out
+
+
+# Callbacks
+
+
+class Spoiler(keras.callbacks.Callback):
+    """Doubles the weights after an epoch, to make the model worse."""
+
+    def __init__(self, epoch):
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == self.epoch:
+            model = self.model
+            model.set_weights([w if w.dtype.kind == "i" else 10 * w for w in model.get_weights()])
+
+
+def test_early_stopping_restores_the_best_weights(trained):
+    wrapper = trained.fresh()
+    rho = float(wrapper.method.rho)
+    best = []
+
+    class Keep(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                best.extend(values(self.model.model.variables))
+
+    stopping = keras.callbacks.EarlyStopping("loss", patience=1, restore_best_weights=True)
+    history = wrapper.fit(
+        *models.classification(12), epochs=6, callbacks=[Keep(), Spoiler(1), stopping], **FIT
+    )
+    assert len(history.epoch) == 2
+    assert_same(wrapper.model.variables, best, bits=True)
+    np.testing.assert_allclose(float(wrapper.method.rho), rho)
+
+
+@pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
+def test_model_checkpoint_keeps_the_best(trained, tmp_path, ending):
+    wrapper = trained.fresh()
+    data = models.classification(12)
+    path = str(tmp_path / f"best{ending}")
+    checkpoint = keras.callbacks.ModelCheckpoint(
+        path, "loss", save_best_only=True, save_weights_only=ending != ".keras"
+    )
+    wrapper.fit(*data, epochs=3, callbacks=[Spoiler(2), checkpoint], **FIT)
+    trained.fresh().fit(*data, epochs=2, **FIT)
+    expected = values(wrapper.model.variables)
+    if ending == ".keras":
+        wrapper = keras.saving.load_model(path)
+    else:
+        trained.fresh().load_weights(path)
+    assert_same(wrapper.model.variables, expected, bits=True)
+
+
+def test_reduce_on_plateau_lowers_the_learning_rate(trained):
+    wrapper = trained.fresh()
+    x, y = models.classification(12)
+    # An improvement as large as that is none: the rate falls after each epoch but the first.
+    plateau = keras.callbacks.ReduceLROnPlateau("loss", 0.5, patience=1, min_delta=100)
+    history = wrapper.fit(x, y, epochs=3, callbacks=[plateau], **FIT).history
+    np.testing.assert_allclose(history["learning_rate"], [0.1, 0.1, 0.05])
+    np.testing.assert_allclose(float(wrapper.optimizer.learning_rate), 0.025)
+
+
+def test_csv_logger_writes_rho(trained, tmp_path):
+    path = tmp_path / "log.csv"
+    logger = keras.callbacks.CSVLogger(path)
+    trained.fresh().fit(*models.classification(12), epochs=2, callbacks=[logger], **FIT)
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == {"epoch", "loss", "accuracy", "rho"}
+    np.testing.assert_allclose([float(row["rho"]) for row in rows], [0.05, 0.05])
+
+
+def test_a_callback_may_set_rho(trained):
+    class Rho(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.method.rho = 0.1 * (epoch + 1)
+
+    history = trained.fresh().fit(
+        *models.classification(12), epochs=3, callbacks=[Rho()], **FIT
+    ).history
+    np.testing.assert_allclose(history["rho"], [0.1, 0.2, 0.3], rtol=1e-6)
+
+
+# To what end
+
+
+@pytest.mark.parametrize("method", ["sam", slow("asam"), slow("gsam"), slow("adaptive_gsam"), slow("bsam")])
+def test_a_separable_problem_is_learned(method):
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 120)
+    x = (np.eye(3)[y] * 3 + rng.normal(size=(120, 3)) * 0.4).astype("float32")
+    wrapper = classifier(method, models.batchnorm_net(outputs=3, units=8))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*skipped")
+        wrapper.fit(x[:90], y[:90], batch_size=30, epochs=25, verbose=0)
+    assert wrapper.evaluate(x[90:], y[90:], verbose=0, return_dict=True)["accuracy"] > 0.95
