@@ -304,11 +304,8 @@ def test_compiled_and_eager_steps_agree(method, options):
 @pytest.mark.parametrize("steps", [3, slow(2)])
 def test_several_steps_per_execution_are_several_steps(trained, steps):
     x, y = models.classification(20)
-    trained.fresh().fit(x, y, epochs=2, **FIT)
     wrapper = classifier(steps_per_execution=steps)
-    models.assign(wrapper.model.variables, trained.start[: len(wrapper.model.variables)])
-    start = values(trained.fresh().model.variables)
-    models.assign(wrapper.model.variables, start)
+    models.assign(wrapper.model.variables, values(trained.fresh().model.variables))
     history = wrapper.fit(x, y, epochs=2, **FIT).history
     expected = trained.fresh().fit(x, y, epochs=2, **FIT).history
     assert_close(wrapper.model.variables, trained.wrapper.model.variables)
@@ -510,7 +507,7 @@ def test_csv_logger_writes_rho(trained, tmp_path):
     trained.fresh().fit(*models.classification(12), epochs=2, callbacks=[logger], **FIT)
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    assert set(rows[0]) == {"epoch", "loss", "accuracy", "rho"}
+    assert {"epoch", "loss", "accuracy", "rho"} <= set(rows[0])
     np.testing.assert_allclose([float(row["rho"]) for row in rows], [0.05, 0.05])
 
 

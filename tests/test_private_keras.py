@@ -1,0 +1,115 @@
+"""The private names of Keras that the engines lean on still do what is relied on.
+
+A failure here means that Keras has changed: look at the function in
+`keras_sharp/engine/_keras.py` that the message names.
+"""
+
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_sharp
+from keras_sharp.engine import _keras
+
+PACKAGE = pathlib.Path(keras_sharp.__file__).parent
+
+
+def compiled_model():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2), layers.Dense(1)])
+    model.compile("sgd", "mse", metrics=["mae"])
+    return model
+
+
+def test_share_compiled_state_makes_two_models_report_the_same_numbers():
+    wrapper, model = compiled_model(), compiled_model()
+    _keras.share_compiled_state(wrapper, model)
+    for name in ("_compile_loss", "_compile_metrics", "_loss_tracker"):
+        assert getattr(model, name) is getattr(wrapper, name), (
+            f"Keras no longer keeps compiled state in {name}: see share_compiled_state"
+        )
+    assert [id(m) for m in model.metrics] == [id(m) for m in wrapper.metrics], (
+        "the metrics are listed twice, or not at all: see share_compiled_state"
+    )
+
+
+def test_loss_tracker_is_the_metric_behind_the_loss_in_the_logs():
+    model = compiled_model()
+    assert _keras.loss_tracker(model) is model.metrics[0], "see loss_tracker"
+    assert _keras.loss_tracker(model).name == "loss"
+
+
+def test_build_symbolically_builds_model_losses_metrics_and_optimizer():
+    model = keras.Sequential([layers.Dense(2)])
+    model.compile("adam", "mse", metrics=["mae"])
+    _keras.build_symbolically(model, (np.ones((4, 3)), np.ones((4, 2)), None))
+    assert model.built, "see build_symbolically"
+    assert model.optimizer.built, "see build_symbolically"
+    assert model.trainable_variables[0].shape == (3, 2)
+
+
+def test_all_layers_finds_layers_at_any_depth():
+    inner = keras.Sequential([keras.Input((3,)), layers.Dense(2, name="deep")])
+    model = keras.Sequential([inner, layers.Dense(1, name="top")])
+    assert {"deep", "top"} <= {layer.name for layer in _keras.all_layers(model)}, "see all_layers"
+
+
+def test_stateless_scope_gives_variables_other_values_and_collects_updates():
+    variable = keras.Variable(np.array([1.0, 2.0], "float32"))
+    value = keras.ops.convert_to_tensor(np.array([3.0, 4.0], "float32"))
+    with _keras.stateless_scope([(variable, value)]) as scope:
+        assert scope.get_current_value(variable) is value, "see stateless_scope"
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable + 0), [3.0, 4.0])
+        variable.assign(value + 1)
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(scope.get_current_value(variable)), [4.0, 5.0]
+    )
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), [1.0, 2.0])
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "jax", reason="Keras refuses unseeded random numbers in JAX traces"
+)
+def test_global_seed_is_what_unseeded_random_numbers_come_from():
+    seed = _keras.global_seed()
+    before = keras.ops.convert_to_numpy(seed).copy()
+    keras.random.uniform((2,))
+    assert np.any(keras.ops.convert_to_numpy(seed) != before), "see global_seed"
+    seed.assign(before)
+    first = keras.ops.convert_to_numpy(keras.random.uniform((4,)))
+    seed.assign(before)
+    again = keras.ops.convert_to_numpy(keras.random.uniform((4,)))
+    np.testing.assert_array_equal(first, again)
+
+
+def sources(outside_engine):
+    for path in PACKAGE.rglob("*.py"):
+        if not (outside_engine and path.is_relative_to(PACKAGE / "engine")):
+            yield path, path.read_text()
+
+
+def test_backends_appear_in_the_engine_only():
+    backend = re.compile(r"^\s*(import|from)\s+(tensorflow|jax|torch)\b", re.MULTILINE)
+    found = [path.name for path, text in sources(outside_engine=True) if backend.search(text)]
+    assert found == []
+
+
+def test_private_keras_appears_in_one_file_only():
+    found = {path.name for path, text in sources(outside_engine=False) if "keras.src" in text}
+    assert found == {"_keras.py"}
+
+
+def test_outside_the_engine_no_private_attribute_of_another_object_is_read():
+    """`self._x` is fine; so is a name of the package itself."""
+    access = re.compile(r"(?<!self)(?<!super\(\))\.(_[a-z]\w*)")
+    own = {"_replace", "_check", "_value"}  # of NamedTuple, Setting and Objective
+    found = {
+        (path.name, name)
+        for path, text in sources(outside_engine=True)
+        for name in access.findall(text)
+        if name not in own
+    }
+    assert found == set()
