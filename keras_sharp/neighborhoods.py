@@ -298,13 +298,15 @@ def get(identifier):
 
 
 def _over(rho, length):
-    """`rho / length`, and 0 where the length is 0."""
-    return vectors.quotient(_like(rho, length), length)
+    """`rho / length`, finite also for a length of 0, which it then multiplies."""
+    smallest = 2e-38 * ops.ones_like(length)
+    return _like(rho, length) / vectors.maximum(length, smallest)
 
 
 def _scaled_to_one(x, largest):
     """`x / largest`, and zero for a zero vector."""
-    return vectors.scale(vectors.quotient(ops.ones_like(largest), largest), x)
+    unit = ops.where(largest == 0, ops.ones_like(largest), largest)
+    return vectors.map_present(lambda t: t / ops.cast(unit, t.dtype), x)
 
 
 def _sum_of_powers(x, exponent):

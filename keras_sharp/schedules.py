@@ -137,7 +137,8 @@ class ProportionalToLearningRate:
     as the steps get small.
 
     Args:
-        maximum: Float >= 0, the value at the highest learning rate.
+        maximum: Float >= 0, the value at the highest learning rate. Or
+            another hyperparameter, such as `method.rho`, to follow that.
         minimum: Float >= 0, the value at learning rate 0. Defaults to `0.0`.
         max_learning_rate: Float > 0, the highest learning rate. Defaults to
             `None`: the highest one that training has seen so far, which makes
@@ -157,9 +158,15 @@ class ProportionalToLearningRate:
     """
 
     def __init__(self, maximum, minimum=0.0, max_learning_rate=None):
-        self.maximum = Setting("maximum", maximum)._check(maximum)
+        if not isinstance(maximum, keras.Variable):
+            maximum = Setting("maximum", maximum)._check(maximum)
+        self.maximum = maximum
         self.minimum = Setting("minimum", minimum)._check(minimum)
-        if max_learning_rate is not None and not 0 < max_learning_rate < math.inf:
+        if max_learning_rate is not None and (
+            isinstance(max_learning_rate, bool)
+            or not isinstance(max_learning_rate, (int, float))
+            or not 0 < max_learning_rate < math.inf
+        ):
             raise ValueError(
                 "`max_learning_rate` must be a finite number > 0, or None for the highest learning "
                 f"rate seen so far. Received: max_learning_rate={max_learning_rate!r}"
@@ -175,13 +182,15 @@ class ProportionalToLearningRate:
         """
         if self.max_learning_rate is not None:
             highest = ops.convert_to_tensor(self.max_learning_rate, dtype=learning_rate.dtype)
-        share = learning_rate / ops.where(highest == 0, ops.ones_like(highest), highest)
-        return self.minimum + (self.maximum - self.minimum) * share
+        one = ops.ones_like(highest)
+        share = ops.where(highest == 0, one, learning_rate / ops.where(highest == 0, one, highest))
+        maximum = ops.convert_to_tensor(self.maximum, dtype=share.dtype)
+        return self.minimum + (maximum - self.minimum) * share
 
     def get_config(self):
         """The arguments of the constructor."""
         return {
-            "maximum": self.maximum,
+            "maximum": float(ops.convert_to_numpy(self.maximum)),
             "minimum": self.minimum,
             "max_learning_rate": self.max_learning_rate,
         }

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_sharp.engine._micro_batches import average_micro_batches as average_micro_batches
+
 
 def value_and_gradient(fn, weights):
     """`(value, aux), gradient` of `fn(weights) -> (value, aux)`."""
@@ -43,53 +45,6 @@ def apply(optimizer, gradients, variables):
         variable.assign(value)
 
 
-def average_micro_batches(fn, threaded, batch, num_micro_batches):
-    """Run `fn` on equal parts of a batch, one after the other.
-
-    Args:
-        fn: `fn(threaded, micro_batch) -> (threaded, averaged, outputs)`.
-        threaded: what the first part receives, and each hands to the next.
-        batch: nested structure of tensors with a common first axis.
-        num_micro_batches: Integer, the number of parts. Their sizes differ
-            by one example at most.
-
-    Returns:
-        The last `threaded`; the mean of `averaged` over the parts, weighted
-        by their sizes; and the `outputs`, concatenated.
-    """
-    size = jax.tree.leaves(batch)[0].shape[0]
-    quotient, remainder = divmod(size, num_micro_batches)
-    total, outputs = None, []
-    # `remainder` parts have one example more than the others: one loop for
-    # each of the two sizes. A loop, not `vmap`: each part has weights of its
-    # own in its second pass, which turns convolutions into grouped ones.
-    for start, parts, length in [
-        (0, remainder, quotient + 1),
-        (remainder * (quotient + 1), num_micro_batches - remainder, quotient),
-    ]:
-        if parts == 0 or length == 0:
-            continue
-        stacked = jax.tree.map(
-            lambda t, a=start, p=parts, n=length: t[a : a + p * n].reshape((p, n, *t.shape[1:])),
-            batch,
-        )
-        if total is None:
-            one = jax.tree.map(lambda t: t[0], stacked)
-            shapes = jax.eval_shape(fn, threaded, one)[1]
-            total = jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), shapes)
-
-        def body(carry, part, weight=length / size):
-            threaded, total = carry
-            threaded, averaged, output = fn(threaded, part)
-            total = jax.tree.map(lambda a, b: a + b * jnp.asarray(weight, b.dtype), total, averaged)
-            return (threaded, total), output
-
-        (threaded, total), output = jax.lax.scan(body, (threaded, total), stacked)
-        outputs.append(jax.tree.map(lambda t: t.reshape((-1, *t.shape[2:])), output))
-    outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
-    return threaded, total, outputs
-
-
 def dot(xs, ys):
     """The inner product of two lists of tensors, in float32 or float64."""
     return sum(_dot(x, y) for x, y in zip(xs, ys, strict=True))
@@ -103,7 +58,8 @@ def _dot(x, y):
 
 def scale(a, xs):
     """`a * x` for each tensor of a list."""
-    return [(a if isinstance(a, float) else a.astype(x.dtype)) * x for x in xs]
+    # In the precision of `a`: the factor itself may be too large for float16.
+    return [(a * x).astype(x.dtype) for x in xs]
 
 
 def add(xs, ys):

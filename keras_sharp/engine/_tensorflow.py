@@ -4,6 +4,7 @@ import keras
 import tensorflow as tf
 
 from keras_sharp.engine._keras import build_symbolically, global_seed
+from keras_sharp.engine._micro_batches import accumulate, map_present
 
 
 def value_and_gradient(fn, weights):
@@ -42,19 +43,10 @@ def apply(optimizer, gradients, variables):
     optimizer.apply(gradients, variables)
 
 
-def average_micro_batches(fn, threaded, batch, num_micro_batches):
-    """Run `fn` on equal parts of a batch, one after the other.
+def average_micro_batches(fn, carried, batch, num_micro_batches):
+    """Run `fn` on equal parts of a batch: see `_micro_batches.py`.
 
-    Args:
-        fn: `fn(threaded, micro_batch) -> (threaded, averaged, outputs)`.
-        threaded: what the first part receives, and each hands to the next.
-        batch: nested structure of tensors with a common first axis.
-        num_micro_batches: Integer, the number of parts. Their sizes differ
-            by one example at most.
-
-    Returns:
-        The last `threaded`; the mean of `averaged` over the parts, weighted
-        by their sizes; and the `outputs`, concatenated.
+    The size of a batch may be known only when the compiled function runs.
     """
     size = tf.shape(_first(batch))[0]
     quotient, remainder = size // num_micro_batches, size % num_micro_batches
@@ -65,31 +57,17 @@ def average_micro_batches(fn, threaded, batch, num_micro_batches):
         # A last batch with fewer examples than parts leaves some parts empty.
         # Such a part computes an example again, and counts for nothing.
         first = tf.minimum(start, size - 1)
-        part = _map(lambda t, a=first, b=first + tf.maximum(length, 1): t[a:b], batch)
-        threaded, averaged, output = fn(threaded, part)
+        part = map_present(lambda t, a=first, b=first + tf.maximum(length, 1): t[a:b], batch)
+        carried, averaged, output = fn(carried, part)
         weight = tf.cast(length, tf.float32) / tf.cast(size, tf.float32)
-        total = _accumulate(total, averaged, weight)
-        outputs.append(_map(lambda t, n=length: t[:n], output))
+        total = accumulate(total, averaged, weight)
+        outputs.append(map_present(lambda t, n=length: t[:n], output))
     outputs = keras.tree.map_structure(lambda *parts: tf.concat(parts, 0), *outputs)
-    return threaded, total, outputs
+    return carried, total, outputs
 
 
 def _first(batch):
     return next(t for t in keras.tree.flatten(batch) if t is not None)
-
-
-def _map(fn, structure):
-    return keras.tree.map_structure(lambda t: None if t is None else fn(t), structure)
-
-
-def _accumulate(total, new, weight):
-    if total is None:
-        return _map(lambda t: t * tf.cast(weight, t.dtype), new)
-    return keras.tree.map_structure(
-        lambda a, b: a if b is None else b * tf.cast(weight, b.dtype) + (0 if a is None else a),
-        total,
-        new,
-    )
 
 
 def dot(xs, ys):
@@ -105,7 +83,15 @@ def _dot(x, y):
 
 def scale(a, xs):
     """`a * x` for each tensor of a list."""
-    return [(a if isinstance(a, float) else tf.cast(a, x.dtype)) * x for x in xs]
+    return [_product(a, x) for x in xs]
+
+
+def _product(a, x):
+    if isinstance(a, float):
+        return a * x
+    if x.dtype.size < a.dtype.size:  # The factor itself may be too large for float16.
+        return tf.cast(a * tf.cast(x, a.dtype), x.dtype)
+    return tf.cast(a, x.dtype) * x
 
 
 def add(xs, ys):

@@ -4,6 +4,7 @@ import keras
 import torch
 
 from keras_sharp.engine._keras import all_layers, global_seed
+from keras_sharp.engine._micro_batches import average_micro_batches as average_micro_batches
 
 
 def value_and_gradient(fn, weights):
@@ -45,46 +46,6 @@ def apply(optimizer, gradients, variables):
         optimizer.apply(gradients, variables)
 
 
-def average_micro_batches(fn, threaded, batch, num_micro_batches):
-    """Run `fn` on equal parts of a batch, one after the other.
-
-    Args:
-        fn: `fn(threaded, micro_batch) -> (threaded, averaged, outputs)`.
-        threaded: what the first part receives, and each hands to the next.
-        batch: nested structure of tensors with a common first axis.
-        num_micro_batches: Integer, the number of parts. Their sizes differ
-            by one example at most.
-
-    Returns:
-        The last `threaded`; the mean of `averaged` over the parts, weighted
-        by their sizes; and the `outputs`, concatenated.
-    """
-    size = next(t for t in keras.tree.flatten(batch) if t is not None).shape[0]
-    quotient, remainder = divmod(size, num_micro_batches)
-    total, outputs, start = None, [], 0
-    for i in range(min(num_micro_batches, size)):
-        length = quotient + (i < remainder)
-        part = _map(lambda t, a=start, b=start + length: t[a:b], batch)
-        start += length
-        threaded, averaged, output = fn(threaded, part)
-        total = _accumulate(total, averaged, length / size)
-        outputs.append(output)
-    outputs = keras.tree.map_structure(lambda *parts: torch.cat(parts), *outputs)
-    return threaded, total, outputs
-
-
-def _map(fn, structure):
-    return keras.tree.map_structure(lambda t: None if t is None else fn(t), structure)
-
-
-def _accumulate(total, new, weight):
-    if total is None:
-        return _map(lambda t: t * weight, new)
-    return keras.tree.map_structure(
-        lambda a, b: a if b is None else b * weight + (0 if a is None else a), total, new
-    )
-
-
 def dot(xs, ys):
     """The inner product of two lists of tensors, in float32 or float64."""
     return torch.stack([_dot(x, y) for x, y in zip(xs, ys, strict=True)]).sum()
@@ -102,7 +63,8 @@ def scale(a, xs):
         return [a * x for x in xs]
     if _is_plain(xs, a.dtype) and not a.requires_grad:
         return list(torch._foreach_mul(xs, a))
-    return [a.to(x.dtype) * x for x in xs]
+    # In the precision of `a`: the factor itself may be too large for float16.
+    return [(a * x.to(torch.promote_types(a.dtype, x.dtype))).to(x.dtype) for x in xs]
 
 
 def add(xs, ys):
@@ -129,7 +91,7 @@ def add_scaled(ys, a, xs):
 
 def quotient(a, b):
     """`a / b` for scalars, and 0 with derivative 0 where `b` is 0."""
-    return a / b if b != 0 else torch.zeros_like(b)
+    return a / b if b != 0 else a * b * 0
 
 
 def compiled(fn):

@@ -32,13 +32,13 @@ class BSAM(Method):
             of the step. Defaults to `0.05`.
         rho_min: the radius downwards, like `rho`. Defaults to `None`: it
             falls from `rho` to 0 in proportion to the learning rate, as in
-            the paper; with a constant learning rate it is `rho`.
+            the paper; with a constant learning rate it is `rho`, whatever
+            sets that.
         **kwargs: `neighborhood`, `ascent_steps` and `second_order`, see
             `keras_sharp.methods.Method`.
 
     Raises:
-        ValueError: if `rho` or `rho_min` is negative or not a finite number,
-            or if `rho_min` is `None` while `rho` is not a float.
+        ValueError: if `rho` or `rho_min` is negative or not a finite number.
 
     Example:
 
@@ -55,14 +55,9 @@ class BSAM(Method):
     def __init__(self, rho=0.05, rho_min=None, **kwargs):
         super().__init__(**kwargs)
         self.rho = rho
+        self._follows_rho = rho_min is None
         if rho_min is None:
-            if callable(rho):
-                raise ValueError(
-                    "`rho_min=None` follows the learning rate down from a constant `rho`. "
-                    f"Received: rho={rho!r}. Give `rho_min` as well, for example as "
-                    "keras_sharp.schedules.ProportionalToLearningRate(maximum=0.05)."
-                )
-            rho_min = ProportionalToLearningRate(maximum=rho)
+            rho_min = ProportionalToLearningRate(maximum=self.rho)
         self.rho_min = rho_min
 
     def direction(self, objective, w, g, rho, rho_min):
@@ -70,3 +65,7 @@ class BSAM(Method):
         g_up = self.gradient_at_adversary(objective, w, g, rho)
         ratio = vectors.quotient(vectors.norm(g_up), vectors.norm(g_down))
         return vectors.add_scaled(vectors.add(g_up, g), -ratio, g_down)
+
+    def get_config(self):
+        config = super().get_config()
+        return {**config, "rho_min": None} if self._follows_rho else config
