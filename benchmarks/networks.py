@@ -2,9 +2,9 @@
 
 | name | network | input | parameters |
 |---|---|---|---|
-| `W1` | CNN with BatchNormalization: stem 16, residual blocks 32, 64, 96, stride 2 | 32x32x3 | 218k |
+| `W1` | CNN with BatchNormalization: stem 16, residual blocks 32, 64, 96 | 32x32x3 | 218k |
 | `W2` | MLP 784-512-512-10 | 784 | 670k |
-| `W3` | transformer: two encoder layers, d=128, 4 heads, feed-forward 512 | 64x128 | 398k |
+| `W3` | transformer: 2 encoder layers, d=128, 4 heads, feed-forward 512 | 64x128 | 398k |
 
 All of them classify into ten classes and return logits. The Keras form serves Keras 3 and tf_keras.
 """

@@ -473,6 +473,25 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
 
     # Saving
 
+    def save_own_variables(self, store):
+        """Save what the wrapper holds, and the seeds, which Keras leaves out."""
+        super().save_own_variables(store)
+        for i, seed in enumerate(self._seeds()):
+            store[f"seed_{i}"] = ops.convert_to_numpy(seed)
+
+    def load_own_variables(self, store):
+        """Load what `save_own_variables` saved."""
+        for i, seed in enumerate(self._seeds()):
+            if f"seed_{i}" in store:
+                seed.assign(store[f"seed_{i}"])
+        names = [name for name in store.keys() if not name.startswith("seed_")]  # noqa: SIM118
+        super().load_own_variables({name: store[name] for name in names})
+
+    def _seeds(self):
+        """The states of random generators: variables, but no weights, of the model."""
+        weights = {id(v) for v in self.model.weights}
+        return [v for v in self.model.non_trainable_variables if id(v) not in weights]
+
     def export(self, *args, **kwargs):
         """Export the wrapped model for inference, as `keras.Model.export` does."""
         return self.model.export(*args, **kwargs)

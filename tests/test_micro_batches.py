@@ -1,5 +1,6 @@
 """m-sharpness: a batch in parts, each with a perturbation of its own, the directions averaged."""
 
+import itertools
 import warnings
 
 import keras
@@ -39,7 +40,7 @@ def split(batch, parts):
     """The parts of a batch, the larger ones first, and their shares of the examples."""
     size = len(keras.tree.flatten(batch)[0])
     edges = np.cumsum([0, *(size // parts + (i < size % parts) for i in range(parts))])
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         if end > start:
             part = keras.tree.map_structure(lambda a, s=start, e=end: a[s:e], batch)
             yield part, (end - start) / size
@@ -322,7 +323,7 @@ def test_more_parts_than_examples_are_refused_by_train_on_batch():
 )
 def test_a_loss_that_is_summed_is_refused(loss):
     wrapper = SharpnessAwareModel(models.two_in_two_out(), num_micro_batches=2)
-    with pytest.raises(ValueError, match="reduction='sum'.*sum_over_batch_size"):
+    with pytest.raises(ValueError, match=r"reduction='sum'.*sum_over_batch_size"):
         wrapper.compile("sgd", loss)
     SharpnessAwareModel(models.two_in_two_out()).compile("sgd", loss)
 
@@ -333,7 +334,7 @@ def test_float8_weights_are_refused():
     wrapper = SharpnessAwareModel(inner, num_micro_batches=2)
     wrapper.compile("sgd", "mse")
     before = values(inner.variables)
-    with pytest.raises(ValueError, match="float8.*num_micro_batches=2"):
+    with pytest.raises(ValueError, match=r"float8.*num_micro_batches=2"):
         wrapper.train_on_batch(*models.regression())
     assert_same(inner.variables, before, bits=True)
 

@@ -1,4 +1,4 @@
-"""Everything one does with a Keras model works with the wrapper: compile, fit, evaluate, predict."""
+"""What one does with a Keras model works with the wrapper: compile, fit, evaluate, predict."""
 
 import csv
 import warnings
@@ -25,9 +25,7 @@ def slow(*values):
 
 def classifier(method="sam", model=None, metrics=("accuracy",), optimizer=None, **kwargs):
     wrapper = SharpnessAwareModel(model or models.mlp(outputs=3), method)
-    wrapper.compile(
-        optimizer or keras.optimizers.SGD(0.1), LOSS, metrics=list(metrics), **kwargs
-    )
+    wrapper.compile(optimizer or keras.optimizers.SGD(0.1), LOSS, metrics=list(metrics), **kwargs)
     return wrapper
 
 
@@ -107,7 +105,8 @@ def test_a_model_that_is_not_built_is_built_by_fit(kind, method):
     wrapper = classifier(method, KINDS[kind]())
     history = wrapper.fit(*models.classification(12), epochs=2, **FIT).history
     assert history["loss"][1] < history["loss"][0]
-    assert wrapper.built and wrapper.model.built
+    assert wrapper.built
+    assert wrapper.model.built
     assert int(wrapper.optimizer.iterations) == 6
 
 
@@ -154,7 +153,9 @@ def test_evaluate_and_predict_are_those_of_the_wrapped_model(trained):
     x, y = models.classification(10)
     logs = wrapper.evaluate(x, y, batch_size=4, verbose=0, return_dict=True)
     assert set(logs) == {"loss", "accuracy"}
-    assert_close(list(logs.values()), list(inner.evaluate(x, y, 4, verbose=0, return_dict=True).values()))
+    assert_close(
+        list(logs.values()), list(inner.evaluate(x, y, 4, verbose=0, return_dict=True).values())
+    )
     assert_close(wrapper.evaluate(x, y, verbose=0), inner.evaluate(x, y, verbose=0))
     assert_close(wrapper.test_on_batch(x, y), inner.test_on_batch(x, y))
     assert_same([wrapper.predict(x, verbose=0)], [inner.predict(x, verbose=0)])
@@ -282,9 +283,7 @@ def test_any_source_of_data_gives_the_same_training(trained, source):
     [
         {"jit_compile": False},
         {"run_eagerly": True},
-        pytest.param(
-            {"jit_compile": True}, marks=[pytest.mark.slow] if BACKEND == "torch" else []
-        ),
+        pytest.param({"jit_compile": True}, marks=[pytest.mark.slow] if BACKEND == "torch" else []),
     ],
     ids=str,
 )
@@ -516,16 +515,18 @@ def test_a_callback_may_set_rho(trained):
         def on_epoch_begin(self, epoch, logs=None):
             self.model.method.rho = 0.1 * (epoch + 1)
 
-    history = trained.fresh().fit(
-        *models.classification(12), epochs=3, callbacks=[Rho()], **FIT
-    ).history
+    history = (
+        trained.fresh().fit(*models.classification(12), epochs=3, callbacks=[Rho()], **FIT).history
+    )
     np.testing.assert_allclose(history["rho"], [0.1, 0.2, 0.3], rtol=1e-6)
 
 
 # To what end
 
 
-@pytest.mark.parametrize("method", ["sam", slow("asam"), slow("gsam"), slow("adaptive_gsam"), slow("bsam")])
+@pytest.mark.parametrize(
+    "method", ["sam", slow("asam"), slow("gsam"), slow("adaptive_gsam"), slow("bsam")]
+)
 def test_a_separable_problem_is_learned(method):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 120)

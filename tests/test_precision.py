@@ -51,9 +51,7 @@ def sgd(**kwargs):
 
 
 def scaled(initial_scale, **kwargs):
-    return keras.optimizers.LossScaleOptimizer(
-        sgd(), initial_scale=initial_scale, **kwargs
-    )
+    return keras.optimizers.LossScaleOptimizer(sgd(), initial_scale=initial_scale, **kwargs)
 
 
 # Scaled losses
@@ -264,7 +262,10 @@ def test_float64_models_train_in_float64(method):
         g = gradient(w)
         rule, perturb, defaults = models.BY_HAND[method]
         direction = rule(
-            lambda e: gradient(w + e), lambda rho: perturb(g, w, np.zeros(3, bool), rho), g, **defaults
+            lambda e: gradient(w + e),
+            lambda rho: perturb(g, w, np.zeros(3, bool), rho),
+            g,
+            **defaults,
         )
         wrapper.train_on_batch(x, y)
         assert inner.variables[0].dtype == "float64"

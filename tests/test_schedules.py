@@ -272,10 +272,10 @@ def test_proportional_to_an_explicit_maximum_does_not_ask_for_the_highest_rate()
     assert share(schedule, 0.4, 0.7) == pytest.approx(0.5)
 
 
-def test_proportional_at_learning_rate_zero_is_finite():
-    assert share(ProportionalToLearningRate(maximum=0.5, minimum=0.1), 0.0, 0.0) == (
-        pytest.approx(0.1)
-    )
+def test_proportional_at_learning_rate_zero_from_the_start_is_the_maximum():
+    """It is the highest learning rate so far."""
+    schedule = ProportionalToLearningRate(maximum=0.5, minimum=0.1)
+    assert share(schedule, 0.0, 0.0) == pytest.approx(0.5)
 
 
 def warm_up_and_decay():
@@ -353,11 +353,13 @@ def test_only_what_follows_the_learning_rate_says_so():
     assert not SAM(rho=decay()).follows_learning_rate
 
 
-@pytest.mark.parametrize("rho", [decay, lambda: falling, lambda: ProportionalToLearningRate(0.1)])
-def test_a_scheduled_rho_of_bsam_needs_a_rho_min(rho):
-    with pytest.raises(ValueError, match=r"`rho_min=None`.*Received: rho="):
-        BSAM(rho=rho())
-    assert BSAM(rho=rho(), rho_min=0.0).settings["rho_min"].schedule is None
+def test_the_default_rho_min_of_bsam_follows_a_scheduled_rho():
+    model = wrap(BSAM(rho=decay()))
+    for _ in range(3):
+        step(model)
+        np.testing.assert_allclose(float(model.method.rho_min), float(model.method.rho), **FLOAT32)
+    assert BSAM(rho=decay()).get_config()["rho_min"] is None
+    assert BSAM(rho=decay(), rho_min=0.0).get_config()["rho_min"] == 0.0
 
 
 @pytest.mark.parametrize("value", BAD_NUMBERS, ids=repr)

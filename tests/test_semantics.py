@@ -93,9 +93,7 @@ def test_the_wrapped_model_holds_the_trained_weights():
 
 @pytest.mark.parametrize("method", THREE)
 def test_batchnorm_statistics_move_as_in_plain_training(method, mode):
-    wrapper, plain = pair(
-        models.batchnorm_net, lambda: keras.optimizers.SGD(0.0), method=method
-    )
+    wrapper, plain = pair(models.batchnorm_net, lambda: keras.optimizers.SGD(0.0), method=method)
     x, y = models.regression(12)
     for model in (wrapper, plain):
         model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
@@ -118,7 +116,8 @@ def test_a_frozen_batchnorm_keeps_its_statistics():
     wrapper, copy = pair(build)
     check_steps(wrapper, copy, batches(1))
     mean, variance = values(wrapper.model.get_layer("bn").non_trainable_variables)[-2:]
-    assert np.all(mean == 0) and np.all(variance == 1)
+    assert np.all(mean == 0)
+    assert np.all(variance == 1)
 
 
 # Random numbers
@@ -324,9 +323,7 @@ def test_masks_reach_every_pass(recurrent):
     assert_close([wrapper.predict(x, verbose=0)[1]], [wrapper.predict(x[1:2], verbose=0)[0]])
 
 
-@pytest.mark.parametrize(
-    "layout", ["dict", "list", pytest.param("tuple", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("layout", ["dict", "list", pytest.param("tuple", marks=pytest.mark.slow)])
 def test_nested_inputs_and_outputs(layout):
     def build():
         model = models.two_in_two_out()
@@ -501,9 +498,7 @@ def float8():
 def test_float8_scales_take_the_value_of_the_clean_pass(method):
     wrapper, copy = pair(float8, method=method)
     check_steps(wrapper, copy, batches(3), method=method)
-    history = next(
-        v for v in wrapper.model.trainable_variables if v.name == "inputs_amax_history"
-    )
+    history = next(v for v in wrapper.model.trainable_variables if v.name == "inputs_amax_history")
     clean = np.abs(models.regression(seed=2)[0]).max()
     np.testing.assert_allclose(values([history])[0].max(), clean, rtol=1e-6)
 
