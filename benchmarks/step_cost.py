@@ -75,9 +75,7 @@ def main():
         results = {"facts": facts(options), "blocks": [], "memory": [], "problems": []}
         for workload in options.workloads:
             (measure_memory if options.memory else measure_time)(results, workload, options)
-            if options.output:
-                options.output.parent.mkdir(parents=True, exist_ok=True)
-                options.output.write_text(json.dumps(results, indent=1) + "\n")
+            save(results, options)
     print(report(results))
     return 1 if any(p["kind"] == "error" for p in results["problems"]) else 0
 
@@ -134,7 +132,10 @@ class Process:
 
     def ask(self, request):
         """The answer to a request, a tuple that starts with its kind."""
-        self._connection.send(request)
+        try:
+            self._connection.send(request)
+        except OSError:
+            return self._ended()
         return self._receive()
 
     def close(self):
@@ -146,9 +147,12 @@ class Process:
     def _receive(self):
         try:
             return self._connection.recv()
-        except EOFError:
-            self._process.join()
-            return "error", f"The process ended with exit code {self._process.exitcode}."
+        except (EOFError, OSError):
+            return self._ended()
+
+    def _ended(self):
+        self._process.join()
+        return "error", f"The process ended with exit code {self._process.exitcode}."
 
 
 def measure_time(results, workload, options):
@@ -170,6 +174,7 @@ def measure_time(results, workload, options):
                     problem = {"kind": "error", "text": answers[-1][1]}
                     note_problem(results, workload, name, contestant, problem)
         for number in range(options.rounds):
+            save(results, options)
             progress(f"{workload}: round {number + 1} of {options.rounds}")
             for process, contestant in turns if number % 2 == 0 else reversed(turns):
                 kind, *answer = process.ask((contestant, process.steps))
@@ -230,6 +235,13 @@ def note_problem(results, workload, worker, contestant, problem):
     if entry not in results["problems"]:
         results["problems"].append(entry)
     progress(f"{workload} {worker} {contestant}: {problem['kind']}: {problem['text']}")
+
+
+def save(results, options):
+    """Write what has been measured so far; a long run may be cut short."""
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def progress(text):

@@ -320,14 +320,14 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
                 loss_scale=scale,
             )
 
-        w = [ops.stop_gradient(ops.convert_to_tensor(v)) for v in loss.weights]
+        w = [engine.read(v) for v in loss.weights]
         clean = objective(same_noise)
         clean_loss, g = clean(w)
         # The perturbed passes will replace these.
         (y_pred, after), overwritten = clean.aux, clean.frozen_gradient
 
         perturbed = objective(next_noise) if self.fresh_noise else clean
-        memory = [ops.convert_to_tensor(v) for v in self.method_state]
+        memory = [engine.read(v) for v in self.method_state]
         direction, memory = self.method.step(perturbed, w, g, memory, **hyperparameters)
         if self.fresh_noise:  # The next step must not see the masks of the last pass again.
             after = after._replace(noise=next_noise())
@@ -386,7 +386,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             metric.update_state(result["extra_logs"][metric.name], sample_weight=size)
             logs[metric.name] = metric.result()
         if "skipped_steps" in self.extra_logs:
-            logs["skipped_steps"] = ops.convert_to_tensor(self.skipped_steps)
+            logs["skipped_steps"] = engine.read(self.skipped_steps)
         if "rho" in hyperparameters:
             logs["rho"] = hyperparameters["rho"]
         return logs
@@ -405,7 +405,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
 
         def learning_rate():
             now = ops.cast(self.optimizer.learning_rate, self.highest_learning_rate.dtype)
-            highest = ops.maximum(now, ops.convert_to_tensor(self.highest_learning_rate))
+            highest = ops.maximum(now, engine.read(self.highest_learning_rate))
             self.highest_learning_rate.assign(highest)
             return now, highest
 

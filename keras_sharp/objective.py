@@ -182,7 +182,7 @@ class TrainingLoss:
 
     def current_state(self):
         """The values of all state now."""
-        return State(*([ops.convert_to_tensor(v) for v in group] for group in self.variables))
+        return State(*([engine.read(v) for v in group] for group in self.variables))
 
     def __call__(self, w, state, batch):
         """One forward pass in training mode. Writes to no variable.

@@ -5,6 +5,8 @@ import math
 import keras
 from keras import ops
 
+from keras_sharp import engine
+
 
 class Hyperparameter:
     """A number of a method that may change while the model trains.
@@ -91,7 +93,7 @@ class Setting:
                 learning rate of this step and the highest one so far.
         """
         if self.schedule is None:
-            return ops.convert_to_tensor(self.variable)
+            return engine.read(self.variable)
         if isinstance(self.schedule, ProportionalToLearningRate):
             value = self.schedule(*learning_rate())
         else:
@@ -184,7 +186,9 @@ class ProportionalToLearningRate:
             highest = ops.convert_to_tensor(self.max_learning_rate, dtype=learning_rate.dtype)
         one = ops.ones_like(highest)
         share = ops.where(highest == 0, one, learning_rate / ops.where(highest == 0, one, highest))
-        maximum = ops.convert_to_tensor(self.maximum, dtype=share.dtype)
+        maximum = self.maximum
+        if isinstance(maximum, keras.Variable):
+            maximum = ops.cast(engine.read(maximum), share.dtype)
         return self.minimum + (maximum - self.minimum) * share
 
     def get_config(self):

@@ -89,7 +89,7 @@ def max_sharpness(
             total_gradient = vectors.add(total_gradient, vectors.scale(share, gradient))
         return total_loss, total_gradient
 
-    w = [ops.stop_gradient(ops.convert_to_tensor(v)) for v in model.trainable_variables]
+    w = [engine.read(v) for v in model.trainable_variables]
     clean_loss, g = over_all_data(w)
     e = neighborhoods.get(neighborhood).perturbation(g, w, float(rho))
     return over_all_data(vectors.add(w, e))[0] - clean_loss

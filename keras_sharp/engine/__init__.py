@@ -5,6 +5,7 @@ Each engine file provides the same few names:
 | name | meaning |
 |---|---|
 | `value_and_gradient(fn, w)` | `fn(w) -> (scalar, aux)`, and the gradient; may be nested |
+| `read(variable)` | the value of a variable, as a tensor |
 | `cond(condition, if_true, if_false)` | the value of one of two functions |
 | `run_either(condition, if_true, if_false, variables)` | run what assigns to variables |
 | `apply(optimizer, gradients, variables)` | one optimizer step |
@@ -48,6 +49,7 @@ dot = _engine.dot
 global_seeds = _engine.global_seeds
 quotient = _engine.quotient
 random_state = _engine.random_state
+read = _engine.read
 run_either = _engine.run_either
 scale = _engine.scale
 set_random_state = _engine.set_random_state

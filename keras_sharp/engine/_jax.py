@@ -77,6 +77,11 @@ def quotient(a, b):
     return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
 
 
+def read(variable):
+    """The value of a variable, a tensor through which no gradient flows."""
+    return jax.lax.stop_gradient(variable.value)
+
+
 def compiled(fn):
     """A pure function of tensors, compiled."""
     return jax.jit(fn)

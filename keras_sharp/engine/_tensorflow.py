@@ -109,6 +109,11 @@ def quotient(a, b):
     return tf.math.divide_no_nan(a, b)
 
 
+def read(variable):
+    """The value of a variable, a tensor through which no gradient flows."""
+    return tf.stop_gradient(tf.convert_to_tensor(variable.value))
+
+
 def compiled(fn):
     """A pure function of tensors, compiled."""
     return tf.function(fn, reduce_retracing=True)

@@ -94,6 +94,11 @@ def quotient(a, b):
     return a / b if b != 0 else a * b * 0
 
 
+def read(variable):
+    """The value of a variable, a tensor through which no gradient flows."""
+    return variable.value.detach()
+
+
 def compiled(fn):
     """A pure function of tensors; PyTorch runs it as it is."""
     return fn
