@@ -46,7 +46,7 @@ CASES = {
 }
 
 EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
-#: For what takes seconds to compile: the method with the most passes stands for the others.
+#: For what takes long, as compiling does: the method with the most passes stands for all.
 MOST_METHODS = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n == "bsam" else pytest.mark.slow) for n in METHODS]
 )
@@ -573,13 +573,13 @@ def assert_direction_is_like_weights(name, shapes, dtypes, variant="one_step"):
 
 @AS_WRITTEN
 @EVERY_METHOD
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_direction_has_the_dtypes_and_shapes_of_the_weights(name, dtype):
     assert_direction_is_like_weights(name, [(2, 3), (0, 4), (1,)], [dtype] * 3)
 
 
 @AS_WRITTEN
-@EVERY_METHOD
+@MOST_METHODS
 @pytest.mark.parametrize("variant", ["three_steps", "second_order"])
 def test_weights_of_several_dtypes_keep_their_own(name, variant):
     dtypes = ["float32", "float16"]
@@ -728,7 +728,7 @@ def test_a_keras_file_reproduces_the_next_step(name, tmp_path):
 
 
 @AS_WRITTEN
-@EVERY_METHOD
+@MOST_METHODS
 def test_a_weights_file_holds_the_radius(name, tmp_path):
     """What a callback has made of rho lives on, and so does the highest learning rate."""
     model, other = (wrap(models.mlp(), METHODS[name]()) for _ in range(2))

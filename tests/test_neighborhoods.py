@@ -193,7 +193,7 @@ def test_weights_at_zero_are_not_perturbed_without_eta(region, float64):
 
 
 @EVERY_REGION
-@pytest.mark.parametrize("zeros", [0, 11, 12], ids=["none", "all_but_one", "all"])
+@pytest.mark.parametrize("zeros", [11, 12], ids=["all_but_one", "all"])
 def test_the_derivative_of_the_perturbation_is_finite(region, zeros, float64):
     """Where the second order passes through it: at zero entries, too."""
     g, w = vector(0), vector(1)
