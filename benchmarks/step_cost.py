@@ -1,6 +1,6 @@
 """What one sharpness-aware step costs, in units of one plain SGD step of the same model.
 
-    python benchmarks/step_cost.py                      # everything, about an hour
+    python benchmarks/step_cost.py                      # everything, one to two hours
     python benchmarks/step_cost.py --workloads W2 --workers jax torch --rounds 3
     python benchmarks/step_cost.py --memory             # peak memory instead of time
     python benchmarks/step_cost.py --quick              # does it run at all?

@@ -310,7 +310,8 @@ def _scaled_to_one(x, largest):
 
 
 def _sum_of_powers(x, exponent):
-    return sum(ops.sum(_power(ops.abs(_widen(t)), exponent)) for t in vectors.present(x))
+    powers = [ops.sum(_power(ops.abs(_widen(t)), exponent)) for t in vectors.present(x)]
+    return sum(powers) if powers else ops.zeros(())
 
 
 def _times(scales, x):

@@ -97,7 +97,7 @@ def _norm(x):
 def _norm_by_largest(x):
     """The norm after a division by the largest entry. NaN if one is not finite."""
     largest = max_abs(x)
-    unit = ops.where(largest == 0, ops.ones_like(largest), largest)
+    unit = ops.stop_gradient(ops.where(largest == 0, ops.ones_like(largest), largest))
     scaled = map_present(lambda t: t / ops.cast(unit, t.dtype), x)
     squared = dot(scaled, scaled)
     # The inner `where` keeps the derivative of the root finite at zero.
