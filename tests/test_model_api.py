@@ -425,32 +425,6 @@ def test_two_wrappers_may_take_turns_with_one_model():
     assert_close(inner.variables, copy.variables)
 
 
-def test_two_compiled_wrappers_of_one_model_report_their_own_losses():
-    inner, plain = models.twins(models.mlp)
-    x, y = models.regression()
-    wrappers = [SharpnessAwareModel(inner), SharpnessAwareModel(inner, "gsam")]
-    for wrapper, loss in zip(wrappers, ("mse", "mae"), strict=True):
-        wrapper.compile(keras.optimizers.SGD(0.0), loss)
-    for wrapper, loss in zip(wrappers, ("mse", "mae"), strict=True):
-        plain.compile(keras.optimizers.SGD(0.0), loss)
-        expected = plain.evaluate(x, y, verbose=0)
-        assert_close(wrapper.fit(x, y, verbose=0).history["loss"], [expected])
-        assert_close([wrapper.evaluate(x, y, verbose=0)], [expected])
-
-
-def test_compiling_the_wrapped_model_by_itself_leaves_the_wrapper_as_it_was():
-    inner, plain = models.twins(models.mlp)
-    x, y = models.regression()
-    wrapper = SharpnessAwareModel(inner)
-    wrapper.compile(keras.optimizers.SGD(0.0), "mse", metrics=["mae"])
-    plain.compile(keras.optimizers.SGD(0.0), "mse", metrics=["mae"])
-    expected = plain.evaluate(x, y, verbose=0, return_dict=True)
-    inner.compile("adam", "mae")
-    history = wrapper.fit(x, y, verbose=0).history
-    assert set(history) == {*expected, "rho"}
-    assert_close([history[k][0] for k in expected], list(expected.values()))
-
-
 def test_summary_shows_the_layers(capsys):
     wrapper = SharpnessAwareModel(models.mlp(), name="flat")
     lines = []

@@ -1,7 +1,6 @@
 """What is saved and loaded trains on as if nothing had happened."""
 
 import json
-import pickle
 import subprocess
 import sys
 import warnings
@@ -332,18 +331,6 @@ def test_from_config_does_not_change_the_config():
     before = json.dumps(config)
     SharpnessAwareModel.from_config(config)
     assert json.dumps(config) == before
-
-
-@pytest.mark.parametrize("how", ["clone", "pickle"])
-def test_a_copy_of_a_wrapper_is_a_wrapper_with_the_same_method(how):
-    wrapper = SharpnessAwareModel(models.mlp(), methods.GSAM(rho=0.2, alpha=0.7))
-    if how == "clone":
-        copy = keras.models.clone_model(wrapper)
-    else:
-        copy = pickle.loads(pickle.dumps(wrapper))
-        assert_same(copy.variables, wrapper.variables, bits=True)
-    assert methods.serialize(copy.method) == methods.serialize(wrapper.method)
-    assert copy.model is not wrapper.model
 
 
 # Export

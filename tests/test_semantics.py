@@ -413,15 +413,6 @@ def test_with_a_custom_loss_steps_equal_steps_by_hand():
     assert_close(wrapper.model.trainable_variables, copy.trainable_variables)
 
 
-def test_a_model_may_have_no_loss_but_that_of_its_layers():
-    def build():
-        keras.utils.set_random_seed(1)
-        return keras.Sequential([keras.Input((3,)), layers.Dense(2), AddLoss()])
-
-    wrapper, copy = pair(build, loss=None)
-    check_steps(wrapper, copy, [models.regression()[:1]])
-
-
 # Special weights
 
 
@@ -544,27 +535,6 @@ def test_lora_trains_the_adapter_only(quantized):
     assert_same([layer._kernel], kernel, bits=True)
     assert any("lora" in v.path for v in wrapper.trainable_variables)
     assert np.any(values([layer.lora_kernel_b])[0] != 0)
-
-
-def test_a_layer_that_writes_its_own_weights_is_as_in_plain_training_or_refused():
-    """SpectralNormalization divides its kernel in every training pass, for `predict` as well."""
-
-    def build():
-        keras.utils.set_random_seed(1)
-        dense = layers.SpectralNormalization(layers.Dense(4), name="spectral")
-        return keras.Sequential([keras.Input((3,)), dense, layers.Dense(1)])
-
-    wrapper, plain = pair(build, method=at_rho_zero("sam"))
-    before = values(wrapper.model.variables)
-    batch = models.regression()
-    try:
-        wrapper.train_on_batch(*batch)
-    except ValueError as error:
-        assert "spectral" in str(error)
-        assert_same(wrapper.model.variables, before, bits=True)
-    else:
-        plain.train_on_batch(*batch)
-        assert_close(wrapper.model.variables, plain.variables)
 
 
 @pytest.mark.parametrize("method", SAM_AND_SLOW)
