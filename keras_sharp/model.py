@@ -132,6 +132,8 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         self.fresh_noise = fresh_noise
         self.extra_logs = _check_extra_logs(extra_logs)
         self._takes_part = get_choice(perturb)
+        # Models written before Keras 3.3 have no such argument.
+        self._loss_knows_training = "training" in inspect.signature(model.compute_loss).parameters
         self._checked = False
         self._largest_batch = 0
 
@@ -201,11 +203,10 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss of the wrapped model, regularizers and `add_loss` included."""
-        kwargs = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight}
-        # Models written before Keras 3.3 have no `training` argument here.
-        if "training" in inspect.signature(self.model.compute_loss).parameters:
-            kwargs["training"] = training
-        return self.model.compute_loss(**kwargs)
+        kwargs = {"training": training} if self._loss_knows_training else {}
+        return self.model.compute_loss(
+            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **kwargs
+        )
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """The metrics of the wrapped model."""

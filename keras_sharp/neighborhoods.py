@@ -177,24 +177,21 @@ class AdaptiveBall(Neighborhood):
         self.ball = Ball(p)
 
     def scales(self, w, biases=None):
-        """The operator `T`, as one tensor per weight."""
-        biases = biases or [False] * len(w)
-        return [
-            ops.ones_like(t) if bias else ops.abs(t) + self.eta
-            for t, bias in zip(w, biases, strict=True)
-        ]
+        """Yield the operator `T`, one tensor per weight; `None` for a bias stands for 1."""
+        for t, bias in zip(w, biases or [False] * len(w), strict=True):
+            yield None if bias else abs(t) + self.eta
 
     def climb(self, g, w, rho, biases=None):
-        scales = self.scales(w, biases)
-        factor, direction = self.ball.climb(_times(scales, g), w, rho)
-        return factor, _times(scales, direction)
+        # T is made twice, one weight at a time: on PyTorch that is cheaper than to keep it.
+        factor, direction = self.ball.climb(_times(self.scales(w, biases), g), w, rho)
+        return factor, _times(self.scales(w, biases), direction)
 
     def norm(self, e, w, biases=None):
         return self.ball.norm(_divided(e, self.scales(w, biases)), w)
 
     def project(self, e, w, rho, biases=None):
-        scales = self.scales(w, biases)
-        return _times(scales, self.ball.project(_divided(e, scales), w, rho))
+        inside = self.ball.project(_divided(e, self.scales(w, biases)), w, rho)
+        return _times(self.scales(w, biases), inside)
 
     def get_config(self):
         return {"eta": self.eta, "p": self.ball.p}
@@ -234,8 +231,9 @@ class WeightScaledBall(Neighborhood):
         self.gamma = _non_negative("gamma", gamma)
 
     def scales(self, w):
-        """The factor `T`, as one tensor per weight."""
-        return [ops.abs(t) + self.gamma for t in w]
+        """Yield the factor `T`, one tensor per weight."""
+        for t in w:
+            yield abs(t) + self.gamma
 
     def climb(self, g, w, rho, biases=None):
         return _over(rho, vectors.norm(g)), _times(self.scales(w), g)
@@ -315,13 +313,14 @@ def _sum_of_powers(x, exponent):
 
 
 def _times(scales, x):
-    return [None if t is None else s * t for s, t in zip(scales, x, strict=True)]
+    """`T x`; a factor of `None` stands for 1."""
+    return [t if t is None or s is None else s * t for s, t in zip(scales, x, strict=True)]
 
 
 def _divided(x, scales):
     """`x / T`, and zero where `T` is: there the perturbation is zero as well."""
     return [
-        None if t is None else t / ops.where(s == 0, ops.ones_like(s), s)
+        t if t is None or s is None else t / ops.where(s == 0, ops.ones_like(s), s)
         for t, s in zip(x, scales, strict=True)
     ]
 

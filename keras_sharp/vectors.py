@@ -27,7 +27,8 @@ class Vector(list):
 
     def __init__(self, entries):
         super().__init__(entries)
-        self.norm = _norm(self)
+        self.squared_norm = dot(self, self)
+        self.norm = _norm(self, self.squared_norm)
 
 
 def present(x):
@@ -81,11 +82,10 @@ def dot(x, y):
 
 def norm(x):
     """The Euclidean norm, right also where the squares over- or underflow."""
-    return x.norm if isinstance(x, Vector) else _norm(x)
+    return x.norm if isinstance(x, Vector) else _norm(x, dot(x, x))
 
 
-def _norm(x):
-    squared = dot(x, x)
+def _norm(x, squared):
     low, high = _SAFE_SQUARE
     return engine.cond(
         (squared > low) & (squared < high),
@@ -133,7 +133,7 @@ def quotient(a, b):
 
 def reject(x, onto):
     """The part of `x` that is perpendicular to `onto` (`x` itself if that is 0)."""
-    squared = dot(onto, onto)
+    squared = onto.squared_norm if isinstance(onto, Vector) else dot(onto, onto)
     product = dot(x, onto)
     low, high = _SAFE_SQUARE
 

@@ -221,8 +221,11 @@ def at_adversary(loss, w, ascent, second_order):
     return lambda rho: loss.gradient(w + ascent(w, rho))
 
 
-def differentiate(fn, w, h=1e-3):
-    """The gradient by central differences of order 4: right to about 1e-11."""
+def differentiate(fn, w, h=1e-4):
+    """The gradient by central differences of order 4: right to about 1e-11.
+
+    With a larger `h`, a difference may reach over a point where `sign(g)` jumps.
+    """
     gradient = np.zeros_like(w)
     for i, unit in enumerate(np.eye(len(w))):
         near = fn(w + h * unit) - fn(w - h * unit)
