@@ -118,7 +118,7 @@ class Ball(Neighborhood):
             return rho, vectors.map_present(_sign, g)
         q = self.p / (self.p - 1.0)
         # The rule does not depend on the scale of g; largest entry 1 is safe.
-        g = _scaled_to_one(g, vectors.max_abs(g))
+        _, g = vectors.scaled_to_one(g)
         length = _power(_sum_of_powers(g, q), 1.0 / self.p)
         direction = vectors.map_present(lambda t: _sign(t) * _power(ops.abs(t), q - 1.0), g)
         return _over(rho, length), direction
@@ -126,11 +126,10 @@ class Ball(Neighborhood):
     def norm(self, e, w, biases=None):
         if self.p == 2.0:
             return vectors.norm(e)
-        largest = vectors.max_abs(e)
         if math.isinf(self.p):
-            return largest
-        total = _sum_of_powers(_scaled_to_one(e, largest), self.p)
-        return largest * _power(total, 1.0 / self.p)
+            return vectors.max_abs(e)
+        unit, e = vectors.scaled_to_one(e)
+        return unit * _power(_sum_of_powers(e, self.p), 1.0 / self.p)
 
     def project(self, e, w, rho, biases=None):
         if math.isinf(self.p):  # Of all nearest points the one that moves each entry least.
@@ -301,14 +300,8 @@ def _over(rho, length):
     return _like(rho, length) / vectors.maximum(length, smallest)
 
 
-def _scaled_to_one(x, largest):
-    """`x / largest`, and zero for a zero vector."""
-    unit = ops.where(largest == 0, ops.ones_like(largest), largest)
-    return vectors.map_present(lambda t: t / ops.cast(unit, t.dtype), x)
-
-
 def _sum_of_powers(x, exponent):
-    powers = [ops.sum(_power(ops.abs(_widen(t)), exponent)) for t in vectors.present(x)]
+    powers = [ops.sum(_power(ops.abs(vectors.widen(t)), exponent)) for t in vectors.present(x)]
     return sum(powers) if powers else ops.zeros(())
 
 
@@ -338,10 +331,6 @@ def _power(t, exponent):
 def _clip(t, limit):
     """`t` within +-limit; unlike `ops.clip` it keeps float64 everywhere."""
     return ops.where(t > limit, limit, ops.where(t < -limit, -limit, t))
-
-
-def _widen(t):
-    return ops.cast(t, vectors.accumulator_dtype(t))
 
 
 def _like(scalar, tensor):

@@ -96,9 +96,7 @@ def _norm(x, squared):
 
 def _norm_by_largest(x):
     """The norm after a division by the largest entry. NaN if one is not finite."""
-    largest = max_abs(x)
-    unit = ops.stop_gradient(ops.where(largest == 0, ops.ones_like(largest), largest))
-    scaled = map_present(lambda t: t / ops.cast(unit, t.dtype), x)
+    unit, scaled = scaled_to_one(x)
     squared = dot(scaled, scaled)
     # The inner `where` keeps the derivative of the root finite at zero.
     root = ops.sqrt(ops.where(squared == 0, ops.ones_like(squared), squared))
@@ -106,12 +104,25 @@ def _norm_by_largest(x):
     return ops.where(squared == 0, ops.zeros_like(squared), unit * root)
 
 
+def scaled_to_one(x):
+    """A scalar `a`, and `x / a` with a largest entry of about 1, whose powers are harmless.
+
+    Returns:
+        The pair `(a, x / a)`. For a zero vector `a` is 1.
+    """
+    a = ops.stop_gradient(max_abs(x))
+    a = ops.where(a == 0, ops.ones_like(a), a)
+    # XLA divides by multiplying with 1 / a, which above 8e37 it takes for 0.
+    a = ops.where(a > 1e37, 1e37 * ops.ones_like(a), a)
+    return a, map_present(lambda t: ops.cast(widen(t) / ops.cast(a, widen(t).dtype), t.dtype), x)
+
+
 def max_abs(x):
     """The largest absolute entry; 0 for a vector without entries."""
     largest = ops.zeros(())
     for t in present(x):
         if 0 not in t.shape:
-            candidate = ops.cast(ops.max(ops.abs(t)), accumulator_dtype(t))
+            candidate = widen(ops.max(ops.abs(t)))
             largest = maximum(candidate, ops.cast(largest, candidate.dtype))
     return largest
 
@@ -121,9 +132,9 @@ def maximum(a, b):
     return ops.where(a > b, a, b)
 
 
-def accumulator_dtype(tensor):
-    """The dtype in which sums over `tensor` are taken: float32, or float64."""
-    return "float64" if "float64" in str(tensor.dtype) else "float32"
+def widen(t):
+    """A tensor in the dtype in which sums are taken: float32, or float64."""
+    return ops.cast(t, "float64" if "float64" in str(t.dtype) else "float32")
 
 
 def quotient(a, b):
@@ -155,7 +166,5 @@ def reject(x, onto):
 
 def cosine(x, y):
     """The cosine of the angle between two vectors; 0 if one of them is 0."""
-    length_x, length_y = norm(x), norm(y)
-    unit_x = scale(quotient(ops.ones_like(length_x), length_x), x)
-    unit_y = scale(quotient(ops.ones_like(length_y), length_y), y)
-    return dot(unit_x, unit_y)
+    (_, x), (_, y) = scaled_to_one(x), scaled_to_one(y)
+    return quotient(dot(x, y), norm(x) * norm(y))
