@@ -20,7 +20,7 @@ BACKENDS = $(foreach b,$(BACKEND),--backend $(b))
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format bench constraints clean distclean
+.PHONY: help install demo test quick lint format bench constraints clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,10 +31,10 @@ demo: $(INSTALLED) ## train a small network with every method (ARGS="--help" lis
 	$(PY) examples/quickstart.py $(BACKENDS) $(ARGS)
 
 test: lint ## lint, then the tests on every backend (BACKEND=jax for one)
-	$(PY) tests/run.py --quick $(BACKENDS) $(ARGS)
-
-test-all: lint ## as test, and the slow tests as well
 	$(PY) tests/run.py $(BACKENDS) $(ARGS)
+
+quick: lint ## as test, without the slow tests
+	$(PY) tests/run.py --quick $(BACKENDS) $(ARGS)
 
 lint: $(INSTALLED) ## check style and types
 	$(PY) -m ruff check .

@@ -599,7 +599,8 @@ def test_a_batch_that_is_not_finite_is_skipped_as_a_whole(method, bad):
     assert not np.isfinite(history["loss"][0])
 
 
-def test_a_loss_that_is_not_finite_in_the_perturbed_pass_is_skipped():
+@pytest.mark.parametrize("jit_compile", ["auto", False])
+def test_a_loss_that_is_not_finite_in_the_perturbed_pass_is_skipped(jit_compile):
     @keras.saving.register_keras_serializable(package="tests")
     class Cliff(layers.Layer):
         """Infinite where any activation is above 1."""
@@ -612,7 +613,7 @@ def test_a_loss_that_is_not_finite_in_the_perturbed_pass_is_skipped():
     )
     before = values(inner.variables)
     wrapper = SharpnessAwareModel(inner)
-    wrapper.compile("sgd", "mse")
+    wrapper.compile("sgd", "mse", jit_compile=jit_compile)
     x = np.ones((4, 1), "float32")
     # Downhill is up here, so the adversary goes to w = 1.05, over the cliff.
     loss = wrapper.train_on_batch(x, 0 * x)

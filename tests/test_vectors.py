@@ -306,3 +306,12 @@ def test_the_cosine_with_zero_is_zero():
     assert float(vectors.cosine(x, zero)) == 0
     assert float(vectors.cosine(zero, x)) == 0
     assert float(vectors.cosine(zero, zero)) == 0
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a detour of the TensorFlow engine")
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 23])
+def test_a_sum_in_parts_forgets_no_entry(length):
+    from keras_sharp.engine import _tensorflow
+
+    entries = ops.convert_to_tensor(2.0 ** np.arange(length), dtype="float32")
+    assert float(_tensorflow._sum_in_parts(entries)) == 2.0**length - 1
