@@ -341,6 +341,23 @@ def test_nothing_is_compiled_after_the_first_step(traces):
     assert len(traces) == first
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "torch", reason="see the test before")
+def test_torch_compiles_nothing_after_the_second_step():
+    from torch._dynamo.utils import counters
+
+    wrapper = classifier(methods.SAM(), jit_compile=True)
+    x, y = models.classification(12)
+    for _ in range(2):  # In the second step, the variables are no longer those of the build.
+        wrapper.train_on_batch(x, y)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for value in (0.1, 0.2, 0.3):
+        wrapper.method.rho = value
+        wrapper.train_on_batch(x + value, y)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras compiles nothing on PyTorch by default")
 def test_fit_compiles_once_for_equal_batches(traces):
     wrapper = classifier()
