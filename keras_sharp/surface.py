@@ -18,8 +18,10 @@ class LossSurface:
 
     It is the loss that `model.evaluate` reports for all data in one batch: in
     inference mode, regularizers included. How the data are split makes no
-    difference; a loss for which it would is refused. No call writes to the
-    model. The data are read anew for each evaluation, batch after batch.
+    difference; a loss for which it would is refused, as far as can be seen:
+    what `add_loss` or a `compute_loss` of your own adds is taken for a mean
+    over the examples. No call writes to the model. The data are read anew for
+    each evaluation, batch after batch.
 
     Args:
         model: a compiled and built `keras.Model`, wrapped or not.
@@ -83,6 +85,7 @@ class LossSurface:
         # Copies: PyTorch trains its variables in place.
         return [ops.copy(engine.read(v)) for v in self.variables]
 
+    @property
     def state(self):
         """The values now of all that the loss depends on beside `w` and the data."""
         return [ops.copy(engine.read(v)) for v in self._others]
@@ -92,13 +95,13 @@ class LossSurface:
 
         Args:
             w: list of tensors, one for each of `variables`.
-            state: what `state` returned at another time. Defaults to `None`,
-                the state now.
+            state: the value of `state` at another time. Defaults to `None`,
+                now.
 
         Returns:
             Float.
         """
-        return self._loss_and_state(w, self.state() if state is None else state)[0]
+        return self._loss_and_state(w, self.state if state is None else state)[0]
 
     def loss_and_gradient(self, w, state=None):
         """Loss and gradient at the weights `w`.
@@ -110,7 +113,7 @@ class LossSurface:
         Returns:
             An `Evaluation`, the pair `(loss, gradient)`.
         """
-        state = self.state() if state is None else state
+        state = self.state if state is None else state
 
         def evaluate(batch):
             (loss, _), gradient = self._loss_and_gradient(w, state, batch)
@@ -127,7 +130,7 @@ class LossSurface:
         """
         w = self.weights
         # The second time, layers that draw random numbers draw the next ones.
-        loss, state = self._loss_and_state(w, self.state())
+        loss, state = self._loss_and_state(w, self.state)
         again, _ = self._loss_and_state(w, state)
         if not np.isfinite(loss):
             raise ValueError(
@@ -161,7 +164,7 @@ class LossSurface:
 
         Args:
             w: list of tensors, one for each of `variables`.
-            state: list of tensors, as `state` returns it.
+            state: list of tensors, a value of `state`.
             batch: the triple `(x, y, sample_weight)`.
 
         Returns:
@@ -345,8 +348,8 @@ def _open(x, y, sample_weight, batch_size):
             f"x={x!r}. Expected arrays, a tf.data.Dataset, a keras.utils.PyDataset or a torch "
             "DataLoader."
         )
-    arrays = not any(hasattr(x, name) for name in ("element_spec", "num_batches", "dataset"))
-    if x is None or (arrays and any(len(a) == 0 for a in keras.tree.flatten(x) or [()])):
+    shapes = [getattr(a, "shape", (1,)) for a in keras.tree.flatten(x)]
+    if x is None or not shapes or any(shape[:1] == (0,) for shape in shapes):
         raise ValueError(
             "There are no data: `x` is empty. Expected at least one example. Received: "
             f"x of type {type(x).__name__}"

@@ -120,7 +120,7 @@ def test_the_weights_and_the_state_are_those_of_now():
     model = compiled(models.batchnorm_net())
     surface = LossSurface(model, *SMALL)
     before = surface.loss(surface.weights)
-    w, state = surface.weights, surface.state()
+    w, state = surface.weights, surface.state
     model.fit(*SMALL, epochs=2, verbose=0)
     np.testing.assert_allclose(surface.loss(surface.weights), evaluate(model, *SMALL), rtol=1e-5)
     assert surface.loss(surface.weights) != before

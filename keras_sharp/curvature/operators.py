@@ -48,7 +48,7 @@ class _Operator:
                 data do not fit the model.
         """
         self._surface.check()
-        self._weights, self._state = self._surface.weights, self._surface.state()
+        self._weights, self._state = self._surface.weights, self._surface.state
         self._product = None  # Frees the memory of the last one.
         if self._surface.num_batches == 1 and not self._surface.model.run_eagerly:
             (batch,) = self._surface.batches()
