@@ -94,5 +94,4 @@ class Lanczos:
 
     def _rounding(self):
         """About how much is lost in a product: the precision times the size of the matrix."""
-        terms = 10 + np.sqrt(self._operator.size)
-        return terms * self._eps * max(map(abs, self._alphas + self._betas))
+        return 10 * self._eps * max(map(abs, self._alphas + self._betas))
