@@ -1,5 +1,7 @@
 """The loss of one batch as a pure function of the weights."""
 
+import functools
+import inspect
 from typing import NamedTuple
 
 import keras
@@ -140,6 +142,20 @@ class Objective:
         evaluation = Evaluation(loss, vectors.Vector(gradient))
         self.evaluations.append(evaluation)
         return evaluation
+
+
+def compute_loss(model, x, y, y_pred, sample_weight, training):
+    """What `model.compute_loss` gives, regularizers and `add_loss` included."""
+    kwargs = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight}
+    if _knows_training(type(model)):  # type: ignore[arg-type]  # Classes can be hashed.
+        kwargs["training"] = training
+    return model.compute_loss(**kwargs)
+
+
+@functools.cache
+def _knows_training(model_class):
+    """Whether `compute_loss` has the argument; models written before Keras 3.3 do not."""
+    return "training" in inspect.signature(model_class.compute_loss).parameters
 
 
 class State(NamedTuple):

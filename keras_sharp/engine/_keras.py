@@ -4,7 +4,9 @@
 """
 
 import keras
+from keras.src import backend
 from keras.src.random.seed_generator import global_seed_generator
+from keras.src.trainers.data_adapters import get_data_adapter
 
 
 def stateless_scope(mapping):
@@ -63,3 +65,17 @@ def global_seed():
     next step from a new one.
     """
     return global_seed_generator().state
+
+
+def data_adapter(x, y, sample_weight, batch_size):
+    """What `evaluate` reads arrays, tf.data, PyDataset and DataLoader through.
+
+    With it, data of all these kinds come in the same batches as in `evaluate`,
+    converted and checked alike.
+    """
+    return get_data_adapter(x, y, sample_weight, batch_size=batch_size)
+
+
+def has_mask(tensor):
+    """Whether a layer has masked this prediction: the loss leaves some of it out."""
+    return backend.get_keras_mask(tensor) is not None
