@@ -1,6 +1,6 @@
 """Sharpness-aware training for any Keras 3 model, on TensorFlow, JAX and PyTorch."""
 
-from keras_sharp import methods, neighborhoods, schedules, sharpness
+from keras_sharp import callbacks, methods, neighborhoods, schedules, sharpness
 from keras_sharp.model import SharpnessAwareModel
 from keras_sharp.objective import Objective
 
@@ -10,6 +10,7 @@ __all__ = [
     "Objective",
     "SharpnessAwareModel",
     "__version__",
+    "callbacks",
     "methods",
     "neighborhoods",
     "schedules",

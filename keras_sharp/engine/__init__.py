@@ -20,6 +20,7 @@ Each engine file provides the same few names:
 
 import keras
 
+from keras_sharp.engine._keras import exchanging_variables as exchanging_variables
 from keras_sharp.engine._keras import loss_tracker as loss_tracker
 from keras_sharp.engine._keras import share_compiled_state as share_compiled_state
 from keras_sharp.engine._keras import stateless_scope as stateless_scope
