@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_sharp import engine, methods, vectors
 from keras_sharp.identifiers import did_you_mean
-from keras_sharp.objective import Objective, State, TrainingLoss
+from keras_sharp.objective import Objective, State, TrainingLoss, compute_loss
 from keras_sharp.schedules import full_precision
 from keras_sharp.weights import get_choice, is_bias, is_overwritten
 
@@ -222,11 +222,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss of the wrapped model, regularizers and `add_loss` included."""
-        kwargs = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight}
-        # Models written before Keras 3.3 have no `training` argument here.
-        if "training" in inspect.signature(self.model.compute_loss).parameters:
-            kwargs["training"] = training
-        return self.model.compute_loss(**kwargs)
+        return compute_loss(self.model, x, y, y_pred, sample_weight, training)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """The metrics of the wrapped model."""

@@ -1,5 +1,6 @@
 """The loss of one batch as a pure function of the weights."""
 
+import inspect
 from typing import NamedTuple
 
 import keras
@@ -140,6 +141,15 @@ class Objective:
         evaluation = Evaluation(loss, vectors.Vector(gradient))
         self.evaluations.append(evaluation)
         return evaluation
+
+
+def compute_loss(model, x, y, y_pred, sample_weight, training):
+    """What `model.compute_loss` gives, regularizers and `add_loss` included."""
+    kwargs = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight}
+    # Models written before Keras 3.3 have no `training` argument here.
+    if "training" in inspect.signature(model.compute_loss).parameters:
+        kwargs["training"] = training
+    return model.compute_loss(**kwargs)
 
 
 class State(NamedTuple):

@@ -1,10 +1,9 @@
 """How sharp the loss is around the weights of a model, on given data."""
 
-import keras
 from keras import ops
 
-from keras_sharp import engine, neighborhoods, vectors
-from keras_sharp.objective import Objective
+from keras_sharp import neighborhoods, vectors
+from keras_sharp.surface import LossSurface
 
 
 def max_sharpness(
@@ -50,46 +49,8 @@ def max_sharpness(
     Reference:
         - [Foret et al., 2021](https://arxiv.org/abs/2010.01412), equation 1.
     """
-    model = getattr(model, "model", model)
-    if not model.compiled or not model.built:
-        raise ValueError(
-            "The sharpness is that of the compiled loss at the weights of the model. Received: "
-            f"model.compiled={model.compiled}, model.built={model.built}. Call `compile`, and "
-            "`build` or `fit`, first."
-        )
-    if not model.trainable_variables:
-        raise ValueError(f"The model {model.name!r} has no trainable weights to perturb.")
-    size = len(keras.tree.flatten(x)[0])
-    if size == 0:
-        raise ValueError("There are no data: `x` is empty. Expected at least one example.")
-
-    def loss(w, batch):
-        mapping = zip(model.trainable_variables, w, strict=True)
-        with keras.StatelessScope(state_mapping=mapping, collect_losses=True):
-            x, y, sample_weight = batch
-            y_pred = model(x, training=False)
-            return model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
-
-    @engine.compiled
-    def evaluate(w, batch):
-        value, gradient = Objective(lambda v: loss(v, batch))(w)
-        return value, list(gradient)
-
-    def over_all_data(w):
-        total_loss, total_gradient = 0.0, [None] * len(w)
-        for start in range(0, size, batch_size):
-            part = slice(start, start + batch_size)
-            batch = keras.tree.map_structure(
-                lambda a, part=part: None if a is None else ops.convert_to_tensor(a[part]),
-                (x, y, sample_weight),
-            )
-            share = min(batch_size, size - start) / size
-            value, gradient = evaluate(w, batch)
-            total_loss += share * float(ops.convert_to_numpy(value))
-            total_gradient = vectors.add(total_gradient, vectors.scale(share, gradient))
-        return total_loss, total_gradient
-
-    w = [engine.read(v) for v in model.trainable_variables]
-    clean_loss, g = over_all_data(w)
+    surface = LossSurface(model, x, y, sample_weight, batch_size=batch_size)
+    w = surface.weights
+    loss, g = surface.loss_and_gradient(w)
     e = neighborhoods.get(neighborhood).perturbation(g, w, float(rho))
-    return over_all_data(vectors.add(w, e))[0] - clean_loss
+    return surface.loss(vectors.add(w, e)) - float(ops.convert_to_numpy(loss))

@@ -108,6 +108,8 @@ def check_layers(model):
 class Trainer:
     """The glue into `JAXTrainer`: state in, state out."""
 
+    model: keras.Model  # The wrapped one.
+
     def compute_loss_and_updates(
         self,
         trainable_variables,

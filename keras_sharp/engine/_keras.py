@@ -6,7 +6,9 @@
 import contextlib
 
 import keras
+from keras.src import backend
 from keras.src.random.seed_generator import global_seed_generator
+from keras.src.trainers.data_adapters import get_data_adapter
 
 
 def stateless_scope(mapping):
@@ -84,3 +86,17 @@ def exchanging_variables(layer, old):
     finally:
         if locked:
             tracker.lock()
+
+
+def data_adapter(x, y, sample_weight, batch_size):
+    """What `evaluate` reads arrays, tf.data, PyDataset and DataLoader through.
+
+    With it, data of all these kinds come in the same batches as in `evaluate`,
+    converted and checked alike.
+    """
+    return get_data_adapter(x, y, sample_weight, batch_size=batch_size)
+
+
+def has_mask(tensor):
+    """Whether a layer has masked this prediction: the loss leaves some of it out."""
+    return backend.get_keras_mask(tensor) is not None

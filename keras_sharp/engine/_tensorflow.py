@@ -140,6 +140,8 @@ def check_layers(model):
 class Trainer:
     """The glue into `TensorFlowTrainer`: the step is what `tf.function` traces."""
 
+    model: keras.Model  # The wrapped one.
+
     def train_step(self, data):
         build_symbolically(self, data)
         return self.sharpness_aware_step(data)

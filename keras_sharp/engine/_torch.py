@@ -141,5 +141,7 @@ def check_layers(model):
 class Trainer:
     """The glue into `TorchTrainer`: the step runs eagerly."""
 
+    model: keras.Model  # The wrapped one.
+
     def train_step(self, data):
         return self.sharpness_aware_step(data)
