@@ -33,6 +33,13 @@ class Neighborhood:
     not perturbed.
     """
 
+    #: The order of the norm in which the region is a ball.
+    p = 2.0
+
+    def scales(self, w, biases=None):
+        """What counts as a change of 1 in each weight, as one tensor per weight."""
+        return [ops.ones_like(t) for t in w]
+
     def climb(self, g, w, rho, biases=None):
         """The perturbation of size `rho` that climbs the loss, as a product.
 
@@ -175,6 +182,7 @@ class AdaptiveBall(Neighborhood):
     def __init__(self, eta=0.01, p=2.0):
         self.eta = _non_negative("eta", eta)
         self.ball = Ball(p)
+        self.p = self.ball.p
 
     def scales(self, w, biases=None):
         """The operator `T`, as one tensor per weight."""
@@ -197,7 +205,7 @@ class AdaptiveBall(Neighborhood):
         return _times(scales, self.ball.project(_divided(e, scales), w, rho))
 
     def get_config(self):
-        return {"eta": self.eta, "p": self.ball.p}
+        return {"eta": self.eta, "p": self.p}
 
 
 @keras.saving.register_keras_serializable(package="keras_sharp")
@@ -233,7 +241,7 @@ class WeightScaledBall(Neighborhood):
     def __init__(self, gamma=0.01):
         self.gamma = _non_negative("gamma", gamma)
 
-    def scales(self, w):
+    def scales(self, w, biases=None):
         """The factor `T`, as one tensor per weight."""
         return [ops.abs(t) + self.gamma for t in w]
 
