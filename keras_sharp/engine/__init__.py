@@ -5,6 +5,8 @@ Each engine file provides the same few names:
 | name | meaning |
 |---|---|
 | `value_and_gradient(fn, w)` | `fn(w) -> (scalar, aux)`, and the gradient; may be nested |
+| `hessian(fn, w, ...)`, `gauss_newton(...)` | products with a matrix of second derivatives |
+| `linearized(matrix, fn)` | these products, with one forward pass for all of them |
 | `read(variable)` | the value of a variable, as a tensor |
 | `cond(condition, if_true, if_false)` | the value of one of two functions |
 | `run_either(condition, if_true, if_false, variables)` | run what assigns to variables |
@@ -51,7 +53,10 @@ check_layers = _engine.check_layers
 compiled = _engine.compiled
 cond = _engine.cond
 dot = _engine.dot
+gauss_newton = _engine.gauss_newton
 global_seeds = _engine.global_seeds
+hessian = _engine.hessian
+linearized = _engine.linearized
 quotient = _engine.quotient
 random_state = _engine.random_state
 read = _engine.read

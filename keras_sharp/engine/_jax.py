@@ -1,5 +1,7 @@
 """The JAX engine: `jax.value_and_grad`, and the step as a pure function of state."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import keras
@@ -10,6 +12,42 @@ from keras_sharp.engine._micro_batches import average_micro_batches as average_m
 def value_and_gradient(fn, weights):
     """`(value, aux), gradient` of `fn(weights) -> (value, aux)`."""
     return jax.value_and_grad(fn, has_aux=True)(weights)
+
+
+def hessian(fn, w, *args):
+    """The product `v -> H v` with the Hessian of the scalar `fn(w, *args)` at `w`."""
+    return jax.linearize(lambda u: jax.grad(fn)(u, *args), w)[1]
+
+
+def gauss_newton(outputs, loss, w, *args):
+    """The product `v -> J' H J v` of `loss(outputs(w, *args), *args)` at `w`.
+
+    `J` is the derivative of `outputs`, a list, and `H` the Hessian of `loss`.
+    """
+    z, forward = jax.linearize(lambda u: outputs(u, *args), w)
+    _, backward = jax.vjp(lambda u: outputs(u, *args), w)
+    middle = hessian(loss, z, *args)
+    return jax.tree_util.Partial(_sandwich, forward, middle, backward)
+
+
+def _sandwich(forward, middle, backward, v):
+    return backward(middle(forward(v)))[0]
+
+
+def linearized(matrix, *fns):
+    """`hessian` or `gauss_newton` in two compiled parts.
+
+    Args:
+        matrix: one of the two.
+        *fns: its functions.
+
+    Returns:
+        `at(w, *args) -> product`. `at` runs the network forward and backward,
+        once; `product(v)` takes from there what does not depend on `v`.
+    """
+    start = jax.jit(lambda w, *args: matrix(*fns, w, *args))
+    finish = jax.jit(lambda product, v: product(v))
+    return lambda w, *args: functools.partial(finish, start(w, *args))
 
 
 def cond(condition, if_true, if_false):

@@ -19,6 +19,72 @@ def value_and_gradient(fn, weights):
     return (value, aux), gradient
 
 
+def hessian(fn, w, *args):
+    """The product `v -> H v` with the Hessian of the scalar `fn(w, *args)` at `w`."""
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+        tape.watch(w)
+        _, gradient = value_and_gradient(lambda u: (fn(u, *args), None), w)
+    return _backward(tape, gradient, w)
+
+
+def gauss_newton(outputs, loss, w, *args):
+    """The product `v -> J' H J v` of `loss(outputs(w, *args), *args)` at `w`.
+
+    `J` is the derivative of `outputs`, a list, and `H` the Hessian of `loss`.
+    """
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+        tape.watch(w)
+        z = outputs(w, *args)
+    backward = _backward(tape, z, w)
+    # J' u is linear in u: its derivative by u, transposed, is J.
+    u = [tf.zeros_like(t) for t in z]
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as linear:
+        linear.watch(u)
+        pulled = backward(u)
+    forward, middle = _backward(linear, pulled, u), hessian(loss, z, *args)
+    return lambda v: backward(middle(forward(v)))
+
+
+def _backward(tape, outputs, inputs):
+    """The product `v -> J' v` with the derivative of `outputs` by `inputs`, any number of times."""
+    used = [i for i, t in enumerate(outputs) if t is not None]
+
+    def product(v):
+        result = tape.gradient(
+            [outputs[i] for i in used],
+            inputs,
+            output_gradients=[v[i] for i in used],
+            unconnected_gradients="zero",
+        )
+        return [tf.convert_to_tensor(t) for t in result]
+
+    return product
+
+
+def linearized(matrix, *fns):
+    """`hessian` or `gauss_newton` in two parts, of compiled functions.
+
+    Args:
+        matrix: one of the two.
+        *fns: its functions.
+
+    Returns:
+        `at(w, *args) -> product`. `at` runs the network forward and backward,
+        once; `product(v)` goes backward through what the tape has kept.
+    """
+
+    def constant(fn):
+        def run(w, *args):
+            # Or the derivative by the data and the state would be computed as well.
+            args = map_present(tf.stop_gradient, args)
+            return fn(w, *args)
+
+        return run
+
+    fns = [compiled(constant(fn)) for fn in fns]
+    return lambda w, *args: matrix(*fns, w, *args)
+
+
 def cond(condition, if_true, if_false):
     """The value of one of two functions without arguments."""
     return tf.cond(condition, if_true, if_false)

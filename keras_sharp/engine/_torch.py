@@ -26,6 +26,62 @@ def _detach(t):
     return t.detach() if isinstance(t, torch.Tensor) else t
 
 
+def hessian(fn, w, *args):
+    """The product `v -> H v` with the Hessian of the scalar `fn(w, *args)` at `w`."""
+    w = [t.detach().requires_grad_() for t in w]
+    with torch.enable_grad():
+        gradient = torch.autograd.grad(fn(w, *args), w, create_graph=True, allow_unused=True)
+    return _backward(gradient, w)
+
+
+def gauss_newton(outputs, loss, w, *args):
+    """The product `v -> J' H J v` of `loss(outputs(w, *args), *args)` at `w`.
+
+    `J` is the derivative of `outputs`, a list, and `H` the Hessian of `loss`.
+    """
+    w = [t.detach().requires_grad_() for t in w]
+    with torch.enable_grad():
+        z = outputs(w, *args)
+        # J' u is linear in u: its derivative by u, transposed, is J.
+        u = [torch.zeros_like(t).requires_grad_() for t in z]
+        pulled = torch.autograd.grad(z, w, u, create_graph=True, allow_unused=True)
+    forward, middle, backward = _backward(pulled, u), hessian(loss, z, *args), _backward(z, w)
+    return lambda v: backward(middle(forward(v)))
+
+
+def _backward(outputs, inputs):
+    """The product `v -> J' v` with the derivative of `outputs` by `inputs`, any number of times."""
+    used = [i for i, t in enumerate(outputs) if t is not None and t.requires_grad]
+
+    def product(v):
+        if not used:
+            return [torch.zeros_like(t) for t in inputs]
+        return torch.autograd.grad(
+            [outputs[i] for i in used],
+            inputs,
+            [v[i] for i in used],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    return product
+
+
+def linearized(matrix, *fns):
+    """`hessian` or `gauss_newton` in two parts.
+
+    Args:
+        matrix: one of the two.
+        *fns: its functions.
+
+    Returns:
+        `at(w, *args) -> product`. `at` runs the network forward and backward,
+        once; `product(v)` goes backward through the graph, which is kept.
+    """
+    return lambda w, *args: matrix(*fns, w, *args)
+
+
 def cond(condition, if_true, if_false):
     """The value of one of two functions without arguments."""
     return if_true() if condition else if_false()
