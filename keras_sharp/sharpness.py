@@ -32,11 +32,11 @@ class Average(NamedTuple):
     """A mean over random samples.
 
     Attributes:
-        mean: Float.
+        value: Float, the mean.
         standard_error: Float, the standard deviation of the mean.
     """
 
-    mean: float
+    value: float
     standard_error: float
 
 
@@ -336,7 +336,7 @@ def average_sharpness(
         batch_size: see `max_sharpness`.
 
     Returns:
-        An `Average`, the pair of floats `(mean, standard_error)`.
+        An `Average`, the pair of floats `(value, standard_error)`.
 
     Raises:
         ValueError: see `max_sharpness`.
@@ -346,8 +346,8 @@ def average_sharpness(
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     >>> model.compile("sgd", "mse")
     >>> x, y = np.ones((8, 4)), np.zeros((8, 1))
-    >>> mean, standard_error = keras_sharp.sharpness.average_sharpness(model, x, y)
-    >>> mean > standard_error > 0
+    >>> value, standard_error = keras_sharp.sharpness.average_sharpness(model, x, y)
+    >>> value > standard_error > 0
     True
 
     Reference:

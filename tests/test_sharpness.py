@@ -47,7 +47,7 @@ class Quadratic:
 
 def setting(n=8, weights=None):
     """A linear model, its data and the oracle."""
-    model = models.linear(use_bias=True, bias_initializer="ones")
+    model = models.linear(use_bias=True, bias_initializer=keras.initializers.Constant(3.0))
     model.compile("sgd", "mse")
     x, y = models.regression(n)
     return model, x, y, Quadratic(model, x, y, weights)
@@ -93,6 +93,15 @@ def test_at_a_minimum_many_steps_find_the_largest_eigenvalue():
     assert found == pytest.approx(largest, rel=1e-2)
     found = sharpness.max_sharpness(model, x, y, rho=0.1, steps=30, restarts=1)
     assert found == pytest.approx(0.5 * 0.1**2 * largest, rel=1e-2)
+
+
+@AS_WRITTEN
+def test_at_a_saddle_the_ascent_is_not_led_astray_by_a_larger_negative_eigenvalue():
+    model = models.linear(features=2, kernel_initializer="zeros")
+    model.compile("sgd", lambda y, y_pred: y * y_pred**2)
+    x, y = np.eye(2, dtype="float32"), np.array([[-10.0], [5.0]], "float32")  # The eigenvalues.
+    found = sharpness.gap_curvature(model, x, y, rho=0.1, steps=20, restarts=1)
+    assert found == pytest.approx(5.0, rel=1e-3)
 
 
 @AS_WRITTEN
@@ -157,7 +166,7 @@ def test_average_sharpness_on_a_quadratic_is_half_the_weighted_trace(region, siz
 def test_the_standard_error_is_that_of_the_mean():
     model, x, y, _ = setting()
     runs = [sharpness.average_sharpness(model, x, y, samples=20, seed=i) for i in range(30)]
-    spread = np.std([run.mean for run in runs], ddof=1)
+    spread = np.std([run.value for run in runs], ddof=1)
     assert np.mean([run.standard_error for run in runs]) == pytest.approx(spread, rel=0.4)
 
 
