@@ -1,6 +1,6 @@
 """Sharpness-aware training for any Keras 3 model, on TensorFlow, JAX and PyTorch."""
 
-from keras_sharp import callbacks, methods, neighborhoods, schedules, sharpness
+from keras_sharp import callbacks, landscape, methods, neighborhoods, schedules, sharpness
 from keras_sharp.model import SharpnessAwareModel
 from keras_sharp.objective import Objective
 
@@ -11,6 +11,7 @@ __all__ = [
     "SharpnessAwareModel",
     "__version__",
     "callbacks",
+    "landscape",
     "methods",
     "neighborhoods",
     "schedules",

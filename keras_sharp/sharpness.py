@@ -24,7 +24,7 @@ import numpy as np
 from keras import ops
 
 from keras_sharp import neighborhoods, vectors
-from keras_sharp.surface import LossSurface
+from keras_sharp.surface import as_surface
 from keras_sharp.weights import is_bias
 
 
@@ -110,7 +110,7 @@ def max_sharpness(
         - [Andriushchenko et al., 2023](https://arxiv.org/abs/2302.07011), on which of the
           measures tell of generalization.
     """
-    surface = _surface(model, x, y, sample_weight, batch_size)
+    surface = as_surface(model, x, y, sample_weight, batch_size)
     return _change(surface, _radius(rho), neighborhood, steps, restarts, seed)
 
 
@@ -155,7 +155,7 @@ def min_sharpness(
     Reference:
         - [Deng et al., 2024](https://arxiv.org/abs/2409.13173), section III.
     """
-    surface = _surface(model, x, y, sample_weight, batch_size)
+    surface = as_surface(model, x, y, sample_weight, batch_size)
     return -_change(surface, -_radius(rho), neighborhood, steps, restarts, seed)
 
 
@@ -201,7 +201,7 @@ def bilateral_sharpness(
     Reference:
         - [Deng et al., 2024](https://arxiv.org/abs/2409.13173), section III.
     """
-    surface = _surface(model, x, y, sample_weight, batch_size)
+    surface = as_surface(model, x, y, sample_weight, batch_size)
     rho, start = _radius(rho), _start(surface)
     up, down = (
         _change(surface, r, neighborhood, steps, restarts, seed, start) for r in (rho, -rho)
@@ -245,7 +245,7 @@ def surrogate_gap(
     Reference:
         - [Zhuang et al., 2022](https://arxiv.org/abs/2203.08065), section 3.
     """
-    surface = _surface(model, x, y, sample_weight, batch_size)
+    surface = as_surface(model, x, y, sample_weight, batch_size)
     return _change(surface, _radius(rho), neighborhood)
 
 
@@ -292,7 +292,7 @@ def gap_curvature(
     Reference:
         - [Zhuang et al., 2022](https://arxiv.org/abs/2203.08065), lemma 3.3.
     """
-    surface, rho = _surface(model, x, y, sample_weight, batch_size), _radius(rho)
+    surface, rho = as_surface(model, x, y, sample_weight, batch_size), _radius(rho)
     if rho == 0:
         raise ValueError("`rho` must be > 0: the gap is divided by its square. Received: rho=0")
     return 2 * _change(surface, rho, "euclidean", steps, restarts, seed) / rho**2
@@ -353,7 +353,7 @@ def average_sharpness(
     Reference:
         - [Andriushchenko et al., 2023](https://arxiv.org/abs/2302.07011), section 2.
     """
-    surface, rho = _surface(model, x, y, sample_weight, batch_size), _radius(rho)
+    surface, rho = as_surface(model, x, y, sample_weight, batch_size), _radius(rho)
     region, random = neighborhoods.get(neighborhood), np.random.default_rng(seed)
     _check_count("samples", samples, 2)
     w = surface.weights
@@ -425,7 +425,7 @@ def m_sharpness(
         - [Foret et al., 2021](https://arxiv.org/abs/2010.01412), section 4.1.
     """
     _check_count("m", m, 1)
-    surface, rho = _surface(model, x, y, sample_weight, batch_size=m), _radius(rho)
+    surface, rho = as_surface(model, x, y, sample_weight, batch_size=m), _radius(rho)
 
     def rise(batch):
         alone = _alone(surface, batch)
@@ -470,7 +470,7 @@ def gradient_angle(
     Reference:
         - [Deng et al., 2024](https://arxiv.org/abs/2409.13173), section III.
     """
-    surface = _surface(model, x, y, sample_weight, batch_size)
+    surface = as_surface(model, x, y, sample_weight, batch_size)
     rho, (_, g) = _radius(rho, minimum=-math.inf), _start(surface)
     w, biases = surface.weights, [is_bias(v) for v in surface.variables]
     e = neighborhoods.get(neighborhood).perturbation(g, w, rho, biases)
@@ -478,17 +478,6 @@ def gradient_angle(
     # Unlike the arc cosine, accurate for small angles as well.
     apart, together = vectors.norm(vectors.add_scaled(u, -1.0, v)), vectors.norm(vectors.add(u, v))
     return 2 * math.degrees(math.atan2(float(apart), float(together)))
-
-
-def _surface(model, x, y, sample_weight, batch_size):
-    if isinstance(model, LossSurface):
-        if x is not None:
-            raise ValueError(
-                "A LossSurface has its data. Received: a LossSurface, and data `x`. Pass the "
-                "surface alone, or the model and the data."
-            )
-        return model
-    return LossSurface(model, x, y, sample_weight, batch_size=batch_size)
 
 
 def _alone(surface, batch):
