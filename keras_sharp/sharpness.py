@@ -111,7 +111,7 @@ def max_sharpness(
           measures tell of generalization.
     """
     surface = as_surface(model, x, y, sample_weight, batch_size)
-    return _change(surface, _radius(rho), neighborhood, steps, restarts, seed)
+    return _change(surface, as_radius(rho), neighborhood, steps, restarts, seed)
 
 
 def min_sharpness(
@@ -156,7 +156,7 @@ def min_sharpness(
         - [Deng et al., 2024](https://arxiv.org/abs/2409.13173), section III.
     """
     surface = as_surface(model, x, y, sample_weight, batch_size)
-    return -_change(surface, -_radius(rho), neighborhood, steps, restarts, seed)
+    return -_change(surface, -as_radius(rho), neighborhood, steps, restarts, seed)
 
 
 def bilateral_sharpness(
@@ -202,7 +202,7 @@ def bilateral_sharpness(
         - [Deng et al., 2024](https://arxiv.org/abs/2409.13173), section III.
     """
     surface = as_surface(model, x, y, sample_weight, batch_size)
-    rho, start = _radius(rho), _start(surface)
+    rho, start = as_radius(rho), _start(surface)
     up, down = (
         _change(surface, r, neighborhood, steps, restarts, seed, start) for r in (rho, -rho)
     )
@@ -246,7 +246,7 @@ def surrogate_gap(
         - [Zhuang et al., 2022](https://arxiv.org/abs/2203.08065), section 3.
     """
     surface = as_surface(model, x, y, sample_weight, batch_size)
-    return _change(surface, _radius(rho), neighborhood)
+    return _change(surface, as_radius(rho), neighborhood)
 
 
 def gap_curvature(
@@ -292,7 +292,7 @@ def gap_curvature(
     Reference:
         - [Zhuang et al., 2022](https://arxiv.org/abs/2203.08065), lemma 3.3.
     """
-    surface, rho = as_surface(model, x, y, sample_weight, batch_size), _radius(rho)
+    surface, rho = as_surface(model, x, y, sample_weight, batch_size), as_radius(rho)
     if rho == 0:
         raise ValueError("`rho` must be > 0: the gap is divided by its square. Received: rho=0")
     return 2 * _change(surface, rho, "euclidean", steps, restarts, seed) / rho**2
@@ -353,7 +353,7 @@ def average_sharpness(
     Reference:
         - [Andriushchenko et al., 2023](https://arxiv.org/abs/2302.07011), section 2.
     """
-    surface, rho = as_surface(model, x, y, sample_weight, batch_size), _radius(rho)
+    surface, rho = as_surface(model, x, y, sample_weight, batch_size), as_radius(rho)
     region, random = neighborhoods.get(neighborhood), np.random.default_rng(seed)
     _check_count("samples", samples, 2)
     w = surface.weights
@@ -425,7 +425,7 @@ def m_sharpness(
         - [Foret et al., 2021](https://arxiv.org/abs/2010.01412), section 4.1.
     """
     _check_count("m", m, 1)
-    surface, rho = as_surface(model, x, y, sample_weight, batch_size=m), _radius(rho)
+    surface, rho = as_surface(model, x, y, sample_weight, batch_size=m), as_radius(rho)
 
     def rise(batch):
         alone = _alone(surface, batch)
@@ -471,13 +471,25 @@ def gradient_angle(
         - [Deng et al., 2024](https://arxiv.org/abs/2409.13173), section III.
     """
     surface = as_surface(model, x, y, sample_weight, batch_size)
-    rho, (_, g) = _radius(rho, minimum=-math.inf), _start(surface)
+    rho, (_, g) = as_radius(rho, minimum=-math.inf), _start(surface)
     w, biases = surface.weights, [is_bias(v) for v in surface.variables]
     e = neighborhoods.get(neighborhood).perturbation(g, w, rho, biases)
     u, v = (_unit(t) for t in (g, surface.loss_and_gradient(vectors.add(w, e)).gradient))
     # Unlike the arc cosine, accurate for small angles as well.
     apart, together = vectors.norm(vectors.add_scaled(u, -1.0, v)), vectors.norm(vectors.add(u, v))
     return 2 * math.degrees(math.atan2(float(apart), float(together)))
+
+
+def as_radius(rho, minimum=0.0):
+    """The radius as a float, if it is one."""
+    is_number = isinstance(rho, (int, float, np.number)) and not isinstance(rho, bool)
+    if not is_number or not math.isfinite(rho) or rho < minimum:
+        at_least = "" if minimum < 0 else f" >= {minimum:g}"
+        raise ValueError(
+            f"`rho`, the radius of the neighborhood, must be a finite number{at_least}. Received: "
+            f"rho={rho!r}"
+        )
+    return float(rho)
 
 
 def _alone(surface, batch):
@@ -529,17 +541,6 @@ def _gaussian(random, w):
 def _unit(x):
     length = vectors.norm(x)
     return vectors.scale(vectors.quotient(ops.ones_like(length), length), x)
-
-
-def _radius(rho, minimum=0.0):
-    is_number = isinstance(rho, (int, float, np.number)) and not isinstance(rho, bool)
-    if not is_number or not math.isfinite(rho) or rho < minimum:
-        at_least = "" if minimum < 0 else f" >= {minimum:g}"
-        raise ValueError(
-            f"`rho`, the radius of the neighborhood, must be a finite number{at_least}. Received: "
-            f"rho={rho!r}"
-        )
-    return float(rho)
 
 
 def _check_count(name, value, minimum):
