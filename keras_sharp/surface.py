@@ -62,6 +62,8 @@ class LossSurface:
         self._others = [v for v in self.model.variables if id(v) not in chosen]
         self._others += engine.global_seeds()
         self._data = _open(x, y, sample_weight, batch_size)
+        #: How many batches the last evaluation took.
+        self.num_batches = 0
         self._works = False  # So far, no batch has been evaluated.
         self._masked = False
 
@@ -193,8 +195,9 @@ class LossSurface:
         Returns:
             A list like those of `fn`, combined as the losses of batches are.
         """
-        combined, total = None, 0.0
+        combined, total, self.num_batches = None, 0.0, 0
         for batch in self.batches():
+            self.num_batches += 1
             new, weight = self._try(fn, batch), self._weight(batch)
             total += weight
             if combined is None:

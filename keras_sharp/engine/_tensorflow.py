@@ -81,8 +81,8 @@ def linearized(matrix, *fns):
 
         return run
 
-    fns = [compiled(constant(fn)) for fn in fns]
-    return lambda w, *args: matrix(*fns, w, *args)
+    compiled_fns = [compiled(constant(fn)) for fn in fns]
+    return lambda w, *args: matrix(*compiled_fns, w, *args)
 
 
 def cond(condition, if_true, if_false):

@@ -1,0 +1,94 @@
+"""The Lanczos process: a small tridiagonal matrix with the extreme eigenvalues of a large one."""
+
+import numpy as np
+
+
+class Lanczos:
+    """The Lanczos process with full re-orthogonalization, one product per step.
+
+    ```
+    A q_j = beta_j-1 * q_j-1 + alpha_j * q_j + beta_j * q_j+1      # the q_j are orthonormal
+    T = Q' A Q = tridiagonal(beta, alpha, beta)
+    ```
+
+    The extreme eigenvalues of `T` approach those of `A`. Where the process
+    breaks down, because the `q_j` span an invariant subspace, it goes on with
+    a random vector perpendicular to it, and `T` falls into blocks.
+
+    Args:
+        operator: anything with `size`, `dtype` and `matvec`, symmetric.
+        start: array of the shape `(size,)`, the direction of `q_1`.
+        rng: a `numpy.random.Generator`, for the vectors after a breakdown.
+        max_steps: Integer <= size, for how many vectors to make room.
+
+    References:
+        - Parlett, The Symmetric Eigenvalue Problem, chapter 13.
+    """
+
+    def __init__(self, operator, start, rng, max_steps):
+        self._operator = operator
+        self._rng = rng
+        dtype = getattr(operator, "dtype", np.float64)
+        self._eps = float(np.finfo(dtype).eps)
+        self._basis = np.empty((max_steps, operator.size), dtype)
+        self._alphas: list[float] = []
+        self._betas: list[float] = []
+        self._basis[0] = start / np.linalg.norm(start)
+
+    @property
+    def steps(self):
+        """Integer, how many products have been taken."""
+        return len(self._alphas)
+
+    @property
+    def broke_down(self):
+        """Whether the vectors so far span an invariant subspace."""
+        return self._betas[-1] == 0.0
+
+    def step(self):
+        """Take one more product."""
+        j = self.steps
+        q = self._basis[: j + 1]
+        r = self._operator.matvec(q[j])
+        if not np.all(np.isfinite(r)):
+            raise ValueError(
+                "A product with the matrix is not finite. Look for a loss that is not smooth at "
+                "the weights, such as a square root at zero."
+            )
+        self._alphas.append(float(q[j] @ r))
+        r, beta = self._perpendicular(r, q)
+        if j + 1 == self._operator.size or beta <= self._rounding():
+            beta = 0.0  # What rounding has left is no direction.
+        self._betas.append(beta)
+        if j + 1 < len(self._basis):
+            if beta == 0.0:
+                r = self._rng.standard_normal(r.size).astype(r.dtype)
+                r, _ = self._perpendicular(r, q)
+            self._basis[j + 1] = r / np.linalg.norm(r)
+
+    def ritz(self):
+        """The eigenvalues of `T`, ascending, what each lacks, and the eigenvectors.
+
+        Returns:
+            A triple: array of Ritz values; array of residual norms
+            `‖A v - theta v‖`, within which of each Ritz value there is an
+            eigenvalue of `A`; and the matrix whose columns are the
+            eigenvectors of `T`.
+        """
+        off = np.diag(self._betas[:-1], 1)
+        values, s = np.linalg.eigh(np.diag(self._alphas) + off + off.T)
+        return values, self._betas[-1] * np.abs(s[-1]) + self._rounding(), s
+
+    def vectors(self, s):
+        """The vectors of the large space with the coordinates `s`, as columns."""
+        return (s.T.astype(self._basis.dtype) @ self._basis[: self.steps]).T
+
+    def _perpendicular(self, r, q):
+        """`r` without its part in the span of the rows of `q`, and the norm of what is left."""
+        for _ in range(2):  # The second time takes what rounding left the first time.
+            r = r - (q @ r) @ q
+        return r, float(np.linalg.norm(r))
+
+    def _rounding(self):
+        """About how much is lost in a product: the precision times the size of the matrix."""
+        return 10 * self._eps * max(map(abs, self._alphas + self._betas))
