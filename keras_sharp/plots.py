@@ -259,7 +259,7 @@ def _curve(panel, x, y, **style):
 def _finish(panel, integer=False):
     """A legend where there are names; no frame; whole numbers where they are counts."""
     labels = panel.get_legend_handles_labels()[1]
-    if len(labels) > 1 or (labels and not panel.get_ylabel() == labels[0]):
+    if len(labels) > 1 or (labels and panel.get_ylabel() != labels[0]):
         panel.legend(frameon=False)
     panel.spines[["top", "right"]].set_visible(False)
     if integer:
