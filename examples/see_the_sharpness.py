@@ -25,7 +25,7 @@ parser.add_argument("--epochs", type=int, default=20)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--train", type=int, default=1000, help="how many images to train on")
 parser.add_argument("--probe", type=int, default=500, help="how many of them to look at")
-parser.add_argument("--points", type=int, default=21, help="of each slice of the loss")
+parser.add_argument("--points", type=int, default=15, help="of each slice of the loss")
 parser.add_argument("--output", default="results", help="the folder for the pictures")
 args = parser.parse_args()
 if args.backend:
@@ -43,7 +43,7 @@ matplotlib.use("Agg")
 METHODS = {
     "SGD": None,
     "SAM": keras_sharp.methods.SAM(rho=0.1),
-    "BSAM": keras_sharp.methods.BSAM(rho=0.1),
+    "BSAM": keras_sharp.methods.BSAM(rho=0.05),
 }
 
 
@@ -98,7 +98,7 @@ def main():
         densities[name] = curvature.spectral_density(hessian)
         lines[name] = landscape.line(surface, num_points=args.points)
         planes[name] = landscape.plane(
-            surface, directions=top.vectors[:, :2], num_points=args.points
+            surface, directions=top.vectors[:, :2], span=(-0.5, 0.5), num_points=args.points
         )
         first, fifth = top.values[[0, 4]]
         print(

@@ -253,7 +253,7 @@ def _panels(count, width=4.2, height=3.4):
 
 
 def _curve(panel, x, y, **style):
-    panel.plot(x, y, lw=1.5, marker="o" if len(x) < 2 else None, **style)
+    panel.plot(x, y, lw=1.5, marker="o" if len(x) <= 10 else None, ms=3, **style)
 
 
 def _finish(panel, integer=False):
