@@ -92,10 +92,10 @@ def main():
     for name, method in METHODS.items():
         networks[name], histories[name], accuracy = train(method, train_data, test_data, probe_data)
         hessian = curvature.HessianOperator(networks[name], *probe_data)
-        top = curvature.eigenvalues(hessian, k=5, return_vectors=True)
+        top = curvature.eigenvalues(hessian, k=5, return_vectors=True, verbose=0)
         surface = keras_sharp.surface.LossSurface(networks[name], *probe_data)
         rise = sharpness.max_sharpness(surface, rho=0.1)
-        densities[name] = curvature.spectral_density(hessian)
+        densities[name] = curvature.spectral_density(hessian, verbose=0)
         lines[name] = landscape.line(surface, num_points=args.points)
         planes[name] = landscape.plane(
             surface, directions=top.vectors[:, :2], span=(-0.5, 0.5), num_points=args.points

@@ -260,7 +260,7 @@ def _finish(panel, integer=False):
     """A legend where there are names; no frame; whole numbers where they are counts."""
     labels = panel.get_legend_handles_labels()[1]
     if len(labels) > 1 or (labels and panel.get_ylabel() != labels[0]):
-        panel.legend(frameon=False)
+        panel.legend(framealpha=0.8, edgecolor="none")
     panel.spines[["top", "right"]].set_visible(False)
     if integer:
         panel.xaxis.get_major_locator().set_params(integer=True)
