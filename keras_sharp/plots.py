@@ -15,8 +15,10 @@ def training_curves(histories, keys=None):
     """The logs of training over the epochs, one panel per key.
 
     Args:
-        histories: what `fit` returned, a `keras.callbacks.History` or its
-            dictionary `history`. Or a dictionary of several.
+        histories: what `fit` returned, a `keras.callbacks.History`; or the
+            dictionary `history` of it, or of a
+            `keras_sharp.callbacks.SharpnessProbe`. Or a dictionary of
+            several.
         keys: list of keys of the logs. Defaults to `None`: all of them, with
             those of the validation dashed beside the others.
 
@@ -33,7 +35,7 @@ def training_curves(histories, keys=None):
     >>> figure = keras_sharp.plots.training_curves({"sgd": history})
     """
     runs = _by_name(_logs, histories)
-    present = list(dict.fromkeys(key for logs in runs.values() for key in logs))
+    present = list(dict.fromkeys(key for logs in runs.values() for key in logs if key != "epoch"))
     together = keys is None
     if together:
         keys = [key for key in present if not key.startswith("val_")]
@@ -47,10 +49,10 @@ def training_curves(histories, keys=None):
     for panel, key in zip(panels, keys, strict=True):
         for i, (name, logs) in enumerate(runs.items()):
             if key in logs:
-                _curve(panel, _epochs(logs[key]), logs[key], color=f"C{i}", label=name or key)
+                _over_epochs(panel, logs, key, color=f"C{i}", label=name or key)
             if together and f"val_{key}" in logs:
-                values, label = logs[f"val_{key}"], f"{name or key}, validation"
-                _curve(panel, _epochs(values), values, color=f"C{i}", ls="--", label=label)
+                label = f"{name or key}, validation"
+                _over_epochs(panel, logs, f"val_{key}", color=f"C{i}", ls="--", label=label)
         panel.set(xlabel="epoch", ylabel=key)
         _finish(panel, integer=True)
     return figure
@@ -86,16 +88,15 @@ def eigenvalue_history(histories):
     with_ratio = all("hessian_ratio" in logs for logs in runs.values())
     figure, panels = _panels(2 if with_ratio else 1)
     for i, (name, logs) in enumerate(runs.items()):
-        epochs = np.array(logs["epoch"]) + 1
         if name is None:
-            eigenvalues = [values for key, values in logs.items() if "hessian_lambda_" in key]
-            for j, values in enumerate(eigenvalues):
-                style = {"color": "C0", "alpha": 1 - 0.75 * j / len(eigenvalues)}
-                _curve(panels[0], epochs, values, label=f"$\\lambda_{{{j + 1}}}$", **style)
+            keys = [key for key in logs if "hessian_lambda_" in key]
+            for j, key in enumerate(keys):
+                style = {"color": "C0", "alpha": 1 - 0.75 * j / len(keys)}
+                _over_epochs(panels[0], logs, key, label=f"$\\lambda_{{{j + 1}}}$", **style)
         else:
-            _curve(panels[0], epochs, logs["hessian_lambda_1"], color=f"C{i}", label=name)
+            _over_epochs(panels[0], logs, "hessian_lambda_1", color=f"C{i}", label=name)
         if with_ratio:
-            _curve(panels[1], epochs, logs["hessian_ratio"], color=f"C{i}", label=name)
+            _over_epochs(panels[1], logs, "hessian_ratio", color=f"C{i}", label=name)
     panels[0].set(
         xlabel="epoch",
         ylabel="eigenvalues of the Hessian" if None in runs else "largest eigenvalue $\\lambda_1$",
@@ -219,9 +220,8 @@ def _planes(named, losses, log):
 
 def _by_name(read, given):
     """What is given by names, read; one that has no name has the name `None`."""
-    several = isinstance(given, dict) and not any(
-        isinstance(value, (list, tuple)) and not hasattr(value, "_fields")
-        for value in given.values()
+    several = isinstance(given, dict) and all(
+        isinstance(one, (dict, tuple)) or hasattr(one, "history") for one in given.values()
     )
     if several and not given:
         raise ValueError("There is nothing to draw. Received: an empty dictionary.")
@@ -229,13 +229,12 @@ def _by_name(read, given):
 
 
 def _logs(history):
-    """The dictionary of a `History`, a probe, or itself; without what is no number."""
-    logs = history if isinstance(history, dict) else history.history
+    """The dictionary of a `History` or of a probe, with the epochs where they are known."""
+    if isinstance(history, dict):
+        logs = history
+    else:
+        logs = {"epoch": getattr(history, "epoch", None), **history.history}
     return {key: values for key, values in logs.items() if key != "density"}
-
-
-def _epochs(values):
-    return np.arange(1, len(values) + 1)
 
 
 def _panels(count, width=4.2, height=3.4):
@@ -254,6 +253,14 @@ def _panels(count, width=4.2, height=3.4):
 
 def _curve(panel, x, y, **style):
     panel.plot(x, y, lw=1.5, marker="o" if len(x) <= 10 else None, ms=3, **style)
+
+
+def _over_epochs(panel, logs, key, **style):
+    """A curve over the epochs, counted from 1; over the entries where these are fewer."""
+    values, epochs = logs[key], logs.get("epoch")
+    if epochs is None or len(epochs) != len(values):
+        epochs = range(len(values))
+    _curve(panel, np.array(epochs) + 1, values, **style)
 
 
 def _finish(panel, integer=False):

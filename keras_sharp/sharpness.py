@@ -153,7 +153,7 @@ def min_sharpness(
         ValueError: see `max_sharpness`.
 
     Reference:
-        - [Deng et al., 2024](https://arxiv.org/abs/2409.13173), section III.
+        - [Deng et al., 2024](https://arxiv.org/abs/2409.13173)
     """
     surface = as_surface(model, x, y, sample_weight, batch_size)
     return -_change(surface, -as_radius(rho), neighborhood, steps, restarts, seed)
@@ -199,7 +199,7 @@ def bilateral_sharpness(
         ValueError: see `max_sharpness`.
 
     Reference:
-        - [Deng et al., 2024](https://arxiv.org/abs/2409.13173), section III.
+        - [Deng et al., 2024](https://arxiv.org/abs/2409.13173)
     """
     surface = as_surface(model, x, y, sample_weight, batch_size)
     rho, start = as_radius(rho), _start(surface)
@@ -351,7 +351,7 @@ def average_sharpness(
     True
 
     Reference:
-        - [Andriushchenko et al., 2023](https://arxiv.org/abs/2302.07011), section 2.
+        - [Andriushchenko et al., 2023](https://arxiv.org/abs/2302.07011)
     """
     surface, rho = as_surface(model, x, y, sample_weight, batch_size), as_radius(rho)
     region, random = neighborhoods.get(neighborhood), np.random.default_rng(seed)
@@ -468,7 +468,7 @@ def gradient_angle(
         ValueError: see `max_sharpness`.
 
     Reference:
-        - [Deng et al., 2024](https://arxiv.org/abs/2409.13173), section III.
+        - [Deng et al., 2024](https://arxiv.org/abs/2409.13173)
     """
     surface = as_surface(model, x, y, sample_weight, batch_size)
     rho, (_, g) = as_radius(rho, minimum=-math.inf), _start(surface)

@@ -57,6 +57,18 @@ def test_training_curves_of_one_training():
         assert figure.axes[0].get_legend() is None  # The label of the axis says it.
 
 
+def test_curves_stand_over_their_epochs_where_these_are_known():
+    """Of a training that went on from epoch 3; of a probe that looked at some epochs only."""
+    history = keras.callbacks.History()
+    history.epoch, history.history = [3, 4], {"loss": [2.0, 1.0], "now_and_then": np.array([5.0])}
+    figure = plots.training_curves({"sgd": history})
+    assert drawn(figure.axes[0]) == {"sgd": [[4, 2.0], [5, 1.0]]}
+    assert drawn(figure.axes[1]) == {"sgd": [[1, 5.0]]}
+    figure = plots.training_curves({"epoch": [0, 5], "max_sharpness": np.array([2.0, 1.0])})
+    assert [panel.get_ylabel() for panel in figure.axes] == ["max_sharpness"]
+    assert drawn(figure.axes[0]) == {"max_sharpness": [[1, 2.0], [6, 1.0]]}
+
+
 def test_the_history_of_eigenvalues():
     figure = plots.eigenvalue_history(HESSIAN)
     assert drawn(figure.axes[0]) == {

@@ -51,8 +51,9 @@ class Probe(keras.callbacks.Callback):
         self.history = {"epoch": [], **{name: [] for name in self.names}}
         if not self.model.built:  # On TensorFlow, `fit` builds a model in the first step.
             x, y, sample_weight = self.data
-            batch = next(iter(engine.data_adapter(x, y, sample_weight, 1).get_numpy_iterator()))
-            engine.build_symbolically(self.model, keras.utils.unpack_x_y_sample_weight(batch))
+            for batch in engine.data_adapter(x, y, sample_weight, 1).get_numpy_iterator():
+                engine.build_symbolically(self.model, keras.utils.unpack_x_y_sample_weight(batch))
+                break
         self.prepare()
 
     def on_epoch_end(self, epoch, logs=None):

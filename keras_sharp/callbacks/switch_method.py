@@ -46,7 +46,7 @@ class SwitchMethod(keras.callbacks.Callback):
     'SAM'
 
     Reference:
-        - [Andriushchenko and Flammarion, 2022](https://arxiv.org/abs/2206.06232), section 4.
+        - [Andriushchenko and Flammarion, 2022](https://arxiv.org/abs/2206.06232)
     """
 
     def __init__(self, schedule, verbose=0):
