@@ -249,11 +249,11 @@ def progress(text):
     print(f"[{datetime.datetime.now():%H:%M:%S}] {text}", file=sys.stderr, flush=True)
 
 
-def facts(options):
+def facts(options, peers=("tf_keras", "optax", "pytorch_optimizer")):
     """What a reader needs to know to judge the figures."""
-    names = "keras-sharp keras tensorflow tensorflow-cpu jax jaxlib torch numpy tf_keras optax"
+    names = "keras-sharp keras tensorflow tensorflow-cpu jax jaxlib torch numpy"
     versions = {}
-    for name in (*names.split(), "pytorch_optimizer"):
+    for name in (*names.split(), *peers):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -80,11 +80,12 @@ class LossSurface:
     @property
     def weights(self):
         """The values of the variables now, a list of tensors: where the model stands."""
-        return [engine.read(v) for v in self.variables]
+        # Copies: PyTorch trains its variables in place.
+        return [ops.copy(engine.read(v)) for v in self.variables]
 
     def state(self):
         """The values now of all that the loss depends on beside `w` and the data."""
-        return [engine.read(v) for v in self._others]
+        return [ops.copy(engine.read(v)) for v in self._others]
 
     def loss(self, w, state=None):
         """The loss at the weights `w`.

@@ -58,6 +58,96 @@ class TanhNet:
         return hidden, hidden @ c
 
 
+class Classifier:
+    """Cross-entropy of `softmax(mean over places of tanh(features) C + d)`; the features differ."""
+
+    head = ((5, 3), (3,))
+    feature_shapes: tuple = ()
+
+    def __init__(self, seed=0, n=11, sample_weight=None):
+        rng = np.random.default_rng(seed)
+        self.images = rng.normal(size=(n, 6, 6, 1))
+        self.y = rng.integers(0, 3, n)
+        self.sample_weight = np.ones(n) if sample_weight is None else np.asarray(sample_weight)
+        self.shapes = self.feature_shapes + self.head
+        self.start = 0.7 * rng.normal(size=sum(np.prod(s, dtype=int) for s in self.shapes))
+
+    def value(self, w):
+        z = self.logits(w)
+        z = z - z.max(axis=1, keepdims=True)
+        losses = np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), self.y]
+        return np.mean(self.sample_weight * losses)
+
+    def logits(self, w):
+        return self._forward(w)[-1]
+
+    def gradient(self, w):
+        *features, c, _ = split(w, self.shapes)
+        hidden, pooled, z = self._forward(w)
+        p = np.exp(z - z.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        d_z = (p - np.eye(3)[self.y]) * self.sample_weight[:, None] / len(p)
+        d_hidden = (d_z @ c.T)[:, None] / hidden.shape[1] * (1 - hidden**2)
+        return join([*self.pull(features, d_hidden), pooled.T @ d_z, d_z.sum(0)])
+
+    def hessian(self):
+        """At `start`."""
+        h = differentiate(self.gradient, self.start)
+        return (h + h.T) / 2
+
+    def _forward(self, w):
+        *features, c, d = split(w, self.shapes)
+        hidden = np.tanh(self.push(features))  # (example, place, unit)
+        pooled = hidden.mean(axis=1)
+        return hidden, pooled, pooled @ c + d
+
+
+class Mlp(Classifier):
+    """Features `x A + b`, of the first three pixels."""
+
+    feature_shapes = ((3, 5), (5,))
+
+    @property
+    def x(self):
+        return self.images[:, 0, :3, 0]
+
+    def push(self, features):
+        a, b = features
+        return (self.x @ a + b)[:, None]
+
+    def pull(self, features, d):
+        return self.x.T @ d[:, 0], d[:, 0].sum(0)
+
+
+class ConvNet(Classifier):
+    """Features `gamma * (conv(x) - mean) / sqrt(variance + 1e-3) + beta`, 3x3 without padding."""
+
+    feature_shapes = ((3, 3, 1, 5), (5,), (5,))
+    mean, variance = np.linspace(-1, 1, 5), np.linspace(0.5, 2, 5)
+
+    @property
+    def x(self):
+        return self.images
+
+    @property
+    def patches(self):
+        windows = np.lib.stride_tricks.sliding_window_view(self.images[..., 0], (3, 3), (1, 2))
+        return windows.reshape(len(self.images), 16, 9)
+
+    def push(self, features):
+        kernel, gamma, beta = features
+        return gamma * self._normalized(kernel) + beta
+
+    def pull(self, features, d):
+        kernel, gamma, _ = features
+        d_kernel = np.einsum("npi,npo->io", self.patches, d * gamma / np.sqrt(self.variance + 1e-3))
+        return d_kernel, (d * self._normalized(kernel)).sum((0, 1)), d.sum((0, 1))
+
+    def _normalized(self, kernel):
+        a = self.patches @ kernel.reshape(9, 5)
+        return (a - self.mean) / np.sqrt(self.variance + 1e-3)
+
+
 def split(w, shapes):
     """One long vector as arrays of these shapes."""
     ends = np.cumsum([np.prod(s, dtype=int) for s in shapes])
@@ -222,13 +312,14 @@ def at_adversary(loss, w, ascent, second_order):
 
 
 def differentiate(fn, w, h=1e-3):
-    """The gradient by central differences of order 4: right to about 1e-11."""
-    gradient = np.zeros_like(w)
-    for i, unit in enumerate(np.eye(len(w))):
-        near = fn(w + h * unit) - fn(w - h * unit)
-        far = fn(w + 2 * h * unit) - fn(w - 2 * h * unit)
-        gradient[i] = (8 * near - far) / (12 * h)
-    return gradient
+    """The derivative, row by row, by central differences of order 4: right to about 1e-11."""
+
+    def by(direction):
+        near = fn(w + h * direction) - fn(w - h * direction)
+        far = fn(w + 2 * h * direction) - fn(w - 2 * h * direction)
+        return (8 * near - far) / (12 * h)
+
+    return np.stack([by(unit) for unit in np.eye(len(w))])
 
 
 # Methods: `at(rho)` is the gradient at the adversary, `g` the one at the weights

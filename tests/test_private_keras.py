@@ -83,6 +83,23 @@ def test_exchanging_variables_works_on_a_layer_that_is_built():
         layer.add_weight(shape=(4,))
 
 
+def test_data_adapter_reads_arrays_in_batches_again_and_again():
+    x, y = np.arange(12.0).reshape(6, 2), np.arange(6)
+    data = _keras.data_adapter(x, y, None, batch_size=4)
+    assert data.num_batches == 2, "see data_adapter"
+    for _ in range(2):
+        batches = [keras.utils.unpack_x_y_sample_weight(b) for b in data.get_numpy_iterator()]
+        np.testing.assert_array_equal(np.concatenate([b[0] for b in batches]), x)
+        np.testing.assert_array_equal(np.concatenate([b[1] for b in batches]), y)
+        assert [len(b[0]) for b in batches] == [4, 2], "see data_adapter"
+
+
+def test_has_mask_tells_what_a_layer_has_masked():
+    x = keras.ops.convert_to_tensor(np.array([[[1.0], [0.0]]], "float32"))
+    assert _keras.has_mask(layers.Masking()(x)), "see has_mask"
+    assert not _keras.has_mask(layers.Dense(1)(x)), "see has_mask"
+
+
 @pytest.mark.skipif(
     keras.backend.backend() == "jax", reason="Keras refuses unseeded random numbers in JAX traces"
 )

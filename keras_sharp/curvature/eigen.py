@@ -57,8 +57,9 @@ def eigenvalues(
     """The largest or smallest eigenvalues of the Hessian, by the Lanczos process.
 
     It stops when all residuals `‖H v - value * v‖` are below `tol * |value|`.
-    An eigenvalue that occurs more than once may be found fewer times, as by
-    any such method. Needs memory for `size` numbers per product.
+    An eigenvalue that occurs several times may be found fewer times, as by
+    any method of this kind, but not if `max_products` is as large as the
+    matrix. Needs memory for `size` numbers per product.
 
     Args:
         model: a compiled and built `keras.Model`, wrapped or not. Or an
@@ -119,14 +120,14 @@ def eigenvalues(
         rng = np.random.default_rng(seed)
         room = min(max_products, operator.size)
         lanczos = Lanczos(operator, rng.standard_normal(operator.size), rng, room)
-        unexplored = False
+        degenerate = False
         while True:
             lanczos.step()
             full = lanczos.steps == room
-            # All residuals are zero on an invariant subspace. There may be more outside of it:
-            # take a look in one direction before they are believed.
-            unexplored = lanczos.broke_down and not unexplored
-            if not full and (unexplored or lanczos.steps < k):
+            # On an invariant subspace all residuals are zero, and say nothing of what is outside:
+            # the same eigenvalues once more, or larger ones. Such matrices are small, or rare.
+            degenerate = degenerate or lanczos.broke_down
+            if not full and (degenerate or lanczos.steps < k):
                 continue
             values, residuals, s = lanczos.ritz()
             chosen = WHICH[which](values, k)[::-1]

@@ -33,6 +33,7 @@ class Lanczos:
         self._basis = np.empty((max_steps, operator.size), dtype)
         self._alphas: list[float] = []
         self._betas: list[float] = []
+        self._dropped = 0.0
         self._basis[0] = start / np.linalg.norm(start)
 
     @property
@@ -57,8 +58,9 @@ class Lanczos:
             )
         self._alphas.append(float(q[j] @ r))
         r, beta = self._perpendicular(r, q)
-        if j + 1 == self._operator.size or beta <= self._rounding():
-            beta = 0.0  # What rounding has left is no direction.
+        if j + 1 == self._operator.size or beta <= 10 * self._rounding():
+            # What rounding has left is no direction.
+            self._dropped, beta = max(self._dropped, beta), 0.0
         self._betas.append(beta)
         if j + 1 < len(self._basis):
             if beta == 0.0:
@@ -77,7 +79,8 @@ class Lanczos:
         """
         off = np.diag(self._betas[:-1], 1)
         values, s = np.linalg.eigh(np.diag(self._alphas) + off + off.T)
-        return values, self._betas[-1] * np.abs(s[-1]) + self._rounding(), s
+        lost = self._rounding() + self._dropped
+        return values, self._betas[-1] * np.abs(s[-1]) + lost, s
 
     def vectors(self, s):
         """The vectors of the large space with the coordinates `s`, as columns."""
@@ -91,4 +94,5 @@ class Lanczos:
 
     def _rounding(self):
         """About how much is lost in a product: the precision times the size of the matrix."""
-        return 10 * self._eps * max(map(abs, self._alphas + self._betas))
+        terms = 10 + np.sqrt(self._operator.size)
+        return terms * self._eps * max(map(abs, self._alphas + self._betas))

@@ -83,9 +83,9 @@ class _Operator:
     def __matmul__(self, other):
         """`operator @ v` for a vector, or a matrix of columns, which are taken one by one."""
         other = np.asarray(other)
-        if other.ndim == 1:
-            return self.matvec(other)
-        return np.stack([self.matvec(column) for column in other.T], axis=1)
+        if other.ndim == 2:
+            return np.stack([self.matvec(column) for column in other.T], axis=1)
+        return self.matvec(other)
 
     def as_weights(self, v):
         """A vector as a list of tensors, one per variable, in their shapes and dtypes.
