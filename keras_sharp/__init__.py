@@ -1,6 +1,15 @@
 """Sharpness-aware training for any Keras 3 model, on TensorFlow, JAX and PyTorch."""
 
-from keras_sharp import curvature, methods, neighborhoods, schedules, sharpness
+from keras_sharp import (
+    callbacks,
+    curvature,
+    landscape,
+    methods,
+    neighborhoods,
+    plots,
+    schedules,
+    sharpness,
+)
 from keras_sharp.model import SharpnessAwareModel
 from keras_sharp.objective import Objective
 
@@ -10,9 +19,12 @@ __all__ = [
     "Objective",
     "SharpnessAwareModel",
     "__version__",
+    "callbacks",
     "curvature",
+    "landscape",
     "methods",
     "neighborhoods",
+    "plots",
     "schedules",
     "sharpness",
 ]

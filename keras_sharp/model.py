@@ -59,8 +59,10 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             `compute_metrics` are kept. It is compiled along with the wrapper
             and can be used by itself at any time.
         method: the name of a method (`"sam"`, `"asam"`, `"gsam"`,
-            `"adaptive_gsam"`, `"bsam"`) or a `keras_sharp.methods.Method`.
-            Defaults to `"sam"`.
+            `"adaptive_gsam"`, `"bsam"`) or a `keras_sharp.methods.Method`;
+            `None` is plain training. Defaults to `"sam"`. The attribute
+            `method` may be set later: see
+            `keras_sharp.callbacks.SwitchMethod`.
         num_micro_batches: Integer >= 1. Into how many parts a batch is split,
             each of which gets a perturbation of its own; the directions are
             averaged (m-sharpness). Defaults to `1`. In BatchNormalization
@@ -126,7 +128,6 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         # The wrapped model converts its inputs by itself.
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
         self.model = model
-        self.method = methods.get(method)
         self.num_micro_batches = num_micro_batches
         self.perturb = perturb
         self.fresh_noise = fresh_noise
@@ -141,15 +142,35 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         self.highest_learning_rate = self.add_weight(
             shape=(), dtype=full_precision(), initializer="zeros", trainable=False, name="max_lr"
         )
-        # Held by the model as well, to be saved and carried along with its weights.
-        self.hyperparameter_variables = [s.variable for s in self.method.settings.values()]
-        self.method_state = None
+        self.hyperparameter_variables, self.method_state = [], None
+        self.method = method
         self._extra_metrics = [
             keras.metrics.Mean(name=key) for key in self.extra_logs if key != "skipped_steps"
         ]
-        if model.built:
-            self._build_method_state()
-            self.built = True
+        self.built = model.built
+
+    @property
+    def method(self):
+        """The method that trains the model: a `keras_sharp.methods.Method`.
+
+        It may be set at any time to what the constructor takes. Weights,
+        optimizer and statistics stay; the new method starts without memory.
+        """
+        return self._method
+
+    @method.setter
+    def method(self, method):
+        method = methods.get(method)
+        old = [*self.hyperparameter_variables, *(self.method_state or [])]
+        with engine.exchanging_variables(self, old):
+            self._method = method
+            # Held by the model as well, to be saved and carried along with its weights.
+            self.hyperparameter_variables = [s.variable for s in method.settings.values()]
+            self.method_state = None
+            if self.model.built:
+                self._build_method_state()
+        if self.train_function is not None:  # It was made for the old method.
+            self.make_train_function(force=True)
 
     # Building and calling
 

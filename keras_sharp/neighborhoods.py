@@ -33,6 +33,13 @@ class Neighborhood:
     not perturbed.
     """
 
+    #: The order of the norm in which the region is a ball.
+    p = 2.0
+
+    def scales(self, w, biases=None):
+        """Yield what counts as a change of 1, one tensor per weight; `None` stands for 1."""
+        return iter([None] * len(w))
+
     def climb(self, g, w, rho, biases=None):
         """The perturbation of size `rho` that climbs the loss, as a product.
 
@@ -174,6 +181,7 @@ class AdaptiveBall(Neighborhood):
     def __init__(self, eta=0.01, p=2.0):
         self.eta = _non_negative("eta", eta)
         self.ball = Ball(p)
+        self.p = self.ball.p
 
     def scales(self, w, biases=None):
         """Yield the operator `T`, one tensor per weight; `None` for a bias stands for 1."""
@@ -193,7 +201,7 @@ class AdaptiveBall(Neighborhood):
         return _times(self.scales(w, biases), inside)
 
     def get_config(self):
-        return {"eta": self.eta, "p": self.ball.p}
+        return {"eta": self.eta, "p": self.p}
 
 
 @keras.saving.register_keras_serializable(package="keras_sharp")
@@ -229,7 +237,7 @@ class WeightScaledBall(Neighborhood):
     def __init__(self, gamma=0.01):
         self.gamma = _non_negative("gamma", gamma)
 
-    def scales(self, w):
+    def scales(self, w, biases=None):
         """Yield the factor `T`, one tensor per weight."""
         for t in w:
             yield abs(t) + self.gamma

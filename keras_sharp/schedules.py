@@ -1,4 +1,26 @@
-"""Numbers that change during training: rho and its like."""
+"""Numbers that change during training: rho and its like.
+
+A hyperparameter takes any schedule that Keras has for the learning rate, and
+follows it from step to step. Linear, cosine, warm-up, and both together:
+
+>>> schedules = keras.optimizers.schedules
+>>> linear = schedules.PolynomialDecay(0.1, decay_steps=100, end_learning_rate=0.02)
+>>> cosine = schedules.CosineDecay(0.1, decay_steps=100)
+>>> warm_up = schedules.PolynomialDecay(0.0, decay_steps=50, end_learning_rate=0.1)
+>>> both = schedules.CosineDecay(0.0, decay_steps=50, warmup_target=0.1, warmup_steps=50)
+>>> for rho in (linear, cosine, warm_up, both):
+...     print([round(float(rho(step)), 3) for step in (0, 25, 50, 75, 100)])
+[0.1, 0.08, 0.06, 0.04, 0.02]
+[0.1, 0.085, 0.05, 0.015, 0.0]
+[0.0, 0.05, 0.1, 0.1, 0.1]
+[0.0, 0.05, 0.1, 0.05, 0.0]
+>>> method = keras_sharp.methods.SAM(rho=both)
+
+Stairs are `PiecewiseConstantDecay`; any function of the step will do. What
+Keras does not have is here: `ProportionalToLearningRate`. To set a number once
+per epoch, as `LearningRateScheduler` does, use
+`keras_sharp.callbacks.RhoScheduler`.
+"""
 
 import math
 

@@ -1,56 +1,549 @@
-"""How sharp the loss is around the weights of a model, on given data."""
+"""How sharp the loss is around the weights of a model, on given data.
 
+| measure | meaning |
+|---|---|
+| `max_sharpness` | how much the loss rises at most within `rho` |
+| `min_sharpness` | how much it falls at most |
+| `bilateral_sharpness` | the difference between its highest and its lowest value |
+| `surrogate_gap` | the rise after SAM's one step |
+| `gap_curvature` | the largest eigenvalue of the Hessian, as that rise tells it |
+| `average_sharpness` | the rise in random directions |
+| `m_sharpness` | the rise where each group of m examples has an adversary of its own |
+| `gradient_angle` | how much the gradient turns on SAM's step |
+
+All of them take the loss that `evaluate` reports, in inference mode, and leave
+the model as it is. Each takes any of `keras_sharp.neighborhoods`: with
+`"adaptive"` it does not change when the layers of a network are rescaled.
+"""
+
+import copy
+import math
+from typing import NamedTuple
+
+import numpy as np
 from keras import ops
 
 from keras_sharp import neighborhoods, vectors
-from keras_sharp.surface import LossSurface
+from keras_sharp.surface import as_surface
+from keras_sharp.weights import is_bias
+
+
+class Average(NamedTuple):
+    """A mean over random samples.
+
+    Attributes:
+        value: Float, the mean.
+        standard_error: Float, the standard deviation of the mean.
+    """
+
+    value: float
+    standard_error: float
 
 
 def max_sharpness(
-    model, x, y, sample_weight=None, *, rho=0.05, neighborhood="euclidean", batch_size=256
+    model,
+    x=None,
+    y=None,
+    sample_weight=None,
+    *,
+    rho=0.05,
+    neighborhood="euclidean",
+    steps=1,
+    restarts=0,
+    seed=0,
+    batch_size=256,
 ):
-    """How much the loss rises when the weights take SAM's step of size rho.
+    """How much the loss rises at most within a distance of rho.
 
     ```
     g = ∇L(w)
     max_sharpness = L(w + e(g)) - L(w)      # Euclidean ball: e = rho * g / ‖g‖
     ```
 
-    `L` is the compiled loss of the model over all the data, as `evaluate`
-    computes it: in inference mode, regularizers included. It is the quantity
-    that SAM holds down, measured in one ascent step. The model is left as it is.
+    This is the quantity that SAM holds down. By default it is measured in one
+    step, as SAM sees it. More steps climb on from there, each projected back
+    to the region, and the highest loss on the way counts; it is a lower bound
+    of the true maximum.
 
     Args:
-        model: a compiled and built `keras.Model`, wrapped or not.
-        x: NumPy array or nested structure of arrays, the inputs.
+        model: a compiled and built `keras.Model`, wrapped or not. Or a
+            `keras_sharp.surface.LossSurface`, without the data: several
+            measures of one surface compile once.
+        x: the inputs: an array or a nested structure of arrays; or all the
+            data, as a `tf.data.Dataset`, a `keras.utils.PyDataset` or a
+            `torch.utils.data.DataLoader`.
         y: the targets, likewise.
-        sample_weight: NumPy array of weights of the examples. Defaults to
-            `None`.
+        sample_weight: the weights of the examples, likewise.
         rho: Float >= 0, the radius of the neighborhood. Defaults to `0.05`.
         neighborhood: a `keras_sharp.neighborhoods.Neighborhood` or its name.
             Defaults to `"euclidean"`.
-        batch_size: Integer, how many examples are in memory at once. The
-            result does not depend on it. Defaults to `256`.
+        steps: Integer >= 1, the steps of an ascent. Each costs a gradient
+            over all the data, the last one a loss. Defaults to `1`.
+        restarts: Integer >= 0, further ascents of as many steps, which start
+            at random points of the border. At a minimum, where the gradient
+            tells nothing, they find what one ascent misses. Defaults to `0`.
+        seed: Integer, the seed of the restarts. Defaults to `0`.
+        batch_size: Integer, how many examples of an array are in memory at
+            once. The result does not depend on it. Defaults to `256`.
 
     Returns:
         Float, in the units of the loss.
 
     Raises:
-        ValueError: if the model is not compiled or not built, has no
-            trainable weights, or if there are no data.
+        ValueError: if the model is not compiled or not built, or has no
+            trainable weights; if there are no data, or the loss on them is
+            not finite; if a number is not what it should be.
 
     Example:
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     >>> model.compile("sgd", "mse")
-    >>> keras_sharp.sharpness.max_sharpness(model, np.ones((8, 4)), np.zeros((8, 1))) > 0
+    >>> x, y = np.ones((8, 4)), np.zeros((8, 1))
+    >>> one_step = keras_sharp.sharpness.max_sharpness(model, x, y, rho=0.1)
+    >>> one_step > 0
+    True
+    >>> keras_sharp.sharpness.max_sharpness(model, x, y, rho=0.1, steps=5, restarts=2) >= one_step
+    True
+
+    References:
+        - [Foret et al., 2021](https://arxiv.org/abs/2010.01412), equation 1.
+        - [Andriushchenko et al., 2023](https://arxiv.org/abs/2302.07011), on which of the
+          measures tell of generalization.
+    """
+    surface = as_surface(model, x, y, sample_weight, batch_size)
+    return _change(surface, as_radius(rho), neighborhood, steps, restarts, seed)
+
+
+def min_sharpness(
+    model,
+    x=None,
+    y=None,
+    sample_weight=None,
+    *,
+    rho=0.05,
+    neighborhood="euclidean",
+    steps=1,
+    restarts=0,
+    seed=0,
+    batch_size=256,
+):
+    """How much the loss falls at most within a distance of rho.
+
+    ```
+    min_sharpness = L(w) - L(w - e(g))
+    ```
+
+    Args:
+        model: see `max_sharpness`, as for all arguments.
+        x: see `max_sharpness`.
+        y: see `max_sharpness`.
+        sample_weight: see `max_sharpness`.
+        rho: see `max_sharpness`.
+        neighborhood: see `max_sharpness`.
+        steps: see `max_sharpness`.
+        restarts: see `max_sharpness`.
+        seed: see `max_sharpness`.
+        batch_size: see `max_sharpness`.
+
+    Returns:
+        Float, in the units of the loss: positive if there is a lower loss
+        nearby.
+
+    Raises:
+        ValueError: see `max_sharpness`.
+
+    Reference:
+        - [Deng et al., 2024](https://arxiv.org/abs/2409.13173)
+    """
+    surface = as_surface(model, x, y, sample_weight, batch_size)
+    return -_change(surface, -as_radius(rho), neighborhood, steps, restarts, seed)
+
+
+def bilateral_sharpness(
+    model,
+    x=None,
+    y=None,
+    sample_weight=None,
+    *,
+    rho=0.05,
+    neighborhood="euclidean",
+    steps=1,
+    restarts=0,
+    seed=0,
+    batch_size=256,
+):
+    """The difference between the highest and the lowest loss within a distance of rho.
+
+    ```
+    bilateral_sharpness = max_sharpness + min_sharpness = L(w + e(g)) - L(w - e(g))
+    ```
+
+    This is the quantity that BSAM holds down.
+
+    Args:
+        model: see `max_sharpness`, as for all arguments.
+        x: see `max_sharpness`.
+        y: see `max_sharpness`.
+        sample_weight: see `max_sharpness`.
+        rho: see `max_sharpness`.
+        neighborhood: see `max_sharpness`.
+        steps: see `max_sharpness`.
+        restarts: see `max_sharpness`.
+        seed: see `max_sharpness`.
+        batch_size: see `max_sharpness`.
+
+    Returns:
+        Float, in the units of the loss.
+
+    Raises:
+        ValueError: see `max_sharpness`.
+
+    Reference:
+        - [Deng et al., 2024](https://arxiv.org/abs/2409.13173)
+    """
+    surface = as_surface(model, x, y, sample_weight, batch_size)
+    rho, start = as_radius(rho), _start(surface)
+    up, down = (
+        _change(surface, r, neighborhood, steps, restarts, seed, start) for r in (rho, -rho)
+    )
+    return up - down
+
+
+def surrogate_gap(
+    model,
+    x=None,
+    y=None,
+    sample_weight=None,
+    *,
+    rho=0.05,
+    neighborhood="euclidean",
+    batch_size=256,
+):
+    """The gap between the perturbed loss and the loss, which GSAM closes.
+
+    ```
+    h = L(w + e(g)) - L(w)
+    ```
+
+    It is `max_sharpness` in one step.
+
+    Args:
+        model: see `max_sharpness`, as for all arguments.
+        x: see `max_sharpness`.
+        y: see `max_sharpness`.
+        sample_weight: see `max_sharpness`.
+        rho: see `max_sharpness`.
+        neighborhood: see `max_sharpness`.
+        batch_size: see `max_sharpness`.
+
+    Returns:
+        Float, in the units of the loss.
+
+    Raises:
+        ValueError: see `max_sharpness`.
+
+    Reference:
+        - [Zhuang et al., 2022](https://arxiv.org/abs/2203.08065), section 3.
+    """
+    surface = as_surface(model, x, y, sample_weight, batch_size)
+    return _change(surface, as_radius(rho), neighborhood)
+
+
+def gap_curvature(
+    model,
+    x=None,
+    y=None,
+    sample_weight=None,
+    *,
+    rho=0.05,
+    steps=1,
+    restarts=0,
+    seed=0,
+    batch_size=256,
+):
+    """The largest eigenvalue of the Hessian, estimated from the surrogate gap.
+
+    ```
+    sigma_max ≈ 2 * h / rho²
+    ```
+
+    That holds at a minimum, for a small rho, and if the ascent finds the
+    sharpest direction, for which several `steps` are better than one. Away
+    from a minimum the slope adds `2 * ‖g‖ / rho`.
+    `keras_sharp.curvature.eigenvalues` measures it anywhere.
+
+    Args:
+        model: see `max_sharpness`, as for all arguments.
+        x: see `max_sharpness`.
+        y: see `max_sharpness`.
+        sample_weight: see `max_sharpness`.
+        rho: Float > 0, the radius of the Euclidean ball. Defaults to `0.05`.
+        steps: see `max_sharpness`.
+        restarts: see `max_sharpness`.
+        seed: see `max_sharpness`.
+        batch_size: see `max_sharpness`.
+
+    Returns:
+        Float.
+
+    Raises:
+        ValueError: see `max_sharpness`.
+
+    Reference:
+        - [Zhuang et al., 2022](https://arxiv.org/abs/2203.08065), lemma 3.3.
+    """
+    surface, rho = as_surface(model, x, y, sample_weight, batch_size), as_radius(rho)
+    if rho == 0:
+        raise ValueError("`rho` must be > 0: the gap is divided by its square. Received: rho=0")
+    return 2 * _change(surface, rho, "euclidean", steps, restarts, seed) / rho**2
+
+
+def average_sharpness(
+    model,
+    x=None,
+    y=None,
+    sample_weight=None,
+    *,
+    rho=0.05,
+    neighborhood="euclidean",
+    samples=10,
+    seed=0,
+    batch_size=256,
+):
+    """How much the loss rises on average in random directions.
+
+    ```
+    average_sharpness = E[L(w + e) - L(w)],   e ~ N(0, (rho * T / n**(1 / p))²)
+    ```
+
+    `n` is the number of weights, `T` the scale of the neighborhood (1, or the
+    size of each weight), and `p` the order of its norm. So in a Euclidean ball
+    the perturbations have about the length rho, and on a quadratic the average
+    is `0.5 * rho² * trace(H) / n`; in the maximum norm each weight moves by
+    about rho. Each sample is a pair of opposite perturbations, so that the
+    slope of the loss cancels.
+
+    Args:
+        model: see `max_sharpness`.
+        x: see `max_sharpness`.
+        y: see `max_sharpness`.
+        sample_weight: see `max_sharpness`.
+        rho: Float >= 0, the size of the perturbations. Defaults to `0.05`.
+        neighborhood: see `max_sharpness`.
+        samples: Integer >= 2, the number of pairs. Each costs two losses over
+            all the data. Defaults to `10`.
+        seed: Integer, the seed of the perturbations. Defaults to `0`.
+        batch_size: see `max_sharpness`.
+
+    Returns:
+        An `Average`, the pair of floats `(value, standard_error)`.
+
+    Raises:
+        ValueError: see `max_sharpness`.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> x, y = np.ones((8, 4)), np.zeros((8, 1))
+    >>> value, standard_error = keras_sharp.sharpness.average_sharpness(model, x, y)
+    >>> value > standard_error > 0
     True
 
     Reference:
-        - [Foret et al., 2021](https://arxiv.org/abs/2010.01412), equation 1.
+        - [Andriushchenko et al., 2023](https://arxiv.org/abs/2302.07011)
     """
-    surface = LossSurface(model, x, y, sample_weight, batch_size=batch_size)
+    surface, rho = as_surface(model, x, y, sample_weight, batch_size), as_radius(rho)
+    region, random = neighborhoods.get(neighborhood), np.random.default_rng(seed)
+    _check_count("samples", samples, 2)
     w = surface.weights
-    loss, g = surface.loss_and_gradient(w)
-    e = neighborhoods.get(neighborhood).perturbation(g, w, float(rho))
-    return surface.loss(vectors.add(w, e)) - float(ops.convert_to_numpy(loss))
+    clean = _finite_loss(surface, surface.loss(w))
+    biases = [is_bias(v) for v in surface.variables]
+    scales = [1.0 if s is None else s for s in region.scales(w, biases)]
+    size = rho / sum(math.prod(t.shape) for t in w) ** (1 / region.p)
+
+    def rise():
+        e = [size * s * z for s, z in zip(scales, _gaussian(random, w), strict=True)]
+        opposite = vectors.scale(-1.0, e)
+        return np.mean([surface.loss(vectors.add(w, d)) for d in (e, opposite)]) - clean
+
+    rises = [rise() for _ in range(samples)]
+    return Average(float(np.mean(rises)), float(np.std(rises, ddof=1) / math.sqrt(samples)))
+
+
+def m_sharpness(
+    model,
+    x=None,
+    y=None,
+    sample_weight=None,
+    *,
+    m=128,
+    rho=0.05,
+    neighborhood="euclidean",
+    steps=1,
+    restarts=0,
+    seed=0,
+):
+    """Max-sharpness where each group of m examples has an adversary of its own.
+
+    ```
+    m_sharpness = mean over groups S of:  max L_S(w + e) - L_S(w)
+    ```
+
+    Many adversaries find more than a single one, and for small groups the
+    measure tells more about generalization. The groups are consecutive
+    examples; of a data set, and of a `LossSurface`, they are its batches.
+
+    Args:
+        model: see `max_sharpness`, as for all arguments but `m`.
+        x: see `max_sharpness`.
+        y: see `max_sharpness`.
+        sample_weight: see `max_sharpness`.
+        m: Integer >= 1, how many examples of an array are in a group.
+            Defaults to `128`.
+        rho: see `max_sharpness`.
+        neighborhood: see `max_sharpness`.
+        steps: see `max_sharpness`.
+        restarts: see `max_sharpness`.
+        seed: see `max_sharpness`.
+
+    Returns:
+        Float, in the units of the loss.
+
+    Raises:
+        ValueError: see `max_sharpness`.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> x, y = np.random.normal(size=(8, 4)), np.zeros((8, 1))
+    >>> together = keras_sharp.sharpness.max_sharpness(model, x, y, rho=0.01)
+    >>> keras_sharp.sharpness.m_sharpness(model, x, y, m=1, rho=0.01) > together
+    True
+
+    Reference:
+        - [Foret et al., 2021](https://arxiv.org/abs/2010.01412), section 4.1.
+    """
+    _check_count("m", m, 1)
+    surface, rho = as_surface(model, x, y, sample_weight, batch_size=m), as_radius(rho)
+
+    def rise(batch):
+        alone = _alone(surface, batch)
+        change = _change(alone, rho, neighborhood, steps, restarts, seed)
+        return [ops.convert_to_tensor(change, "float32")]
+
+    return float(ops.convert_to_numpy(surface.over_batches(rise)[0]))
+
+
+def gradient_angle(
+    model,
+    x=None,
+    y=None,
+    sample_weight=None,
+    *,
+    rho=0.05,
+    neighborhood="euclidean",
+    batch_size=256,
+):
+    """The angle between the gradients at the weights and at SAM's adversary.
+
+    Near 0 the loss is as good as linear on the way, near 180 degrees the
+    gradients are in conflict: the step across the valley has met the other
+    slope.
+
+    Args:
+        model: see `max_sharpness`, as for all arguments but `rho`.
+        x: see `max_sharpness`.
+        y: see `max_sharpness`.
+        sample_weight: see `max_sharpness`.
+        rho: Float, the radius of the neighborhood. A negative one is a step
+            down, as BSAM takes one. Defaults to `0.05`.
+        neighborhood: see `max_sharpness`.
+        batch_size: see `max_sharpness`.
+
+    Returns:
+        Float, in degrees; 0 at a minimum, where there is no gradient.
+
+    Raises:
+        ValueError: see `max_sharpness`.
+
+    Reference:
+        - [Deng et al., 2024](https://arxiv.org/abs/2409.13173)
+    """
+    surface = as_surface(model, x, y, sample_weight, batch_size)
+    rho, (_, g) = as_radius(rho, minimum=-math.inf), _start(surface)
+    w, biases = surface.weights, [is_bias(v) for v in surface.variables]
+    e = neighborhoods.get(neighborhood).perturbation(g, w, rho, biases)
+    u, v = (_unit(t) for t in (g, surface.loss_and_gradient(vectors.add(w, e)).gradient))
+    # Unlike the arc cosine, accurate for small angles as well.
+    apart, together = vectors.norm(vectors.add_scaled(u, -1.0, v)), vectors.norm(vectors.add(u, v))
+    return 2 * math.degrees(math.atan2(float(apart), float(together)))
+
+
+def as_radius(rho, minimum=0.0):
+    """The radius as a float, if it is one."""
+    is_number = isinstance(rho, (int, float, np.number)) and not isinstance(rho, bool)
+    if not is_number or not math.isfinite(rho) or rho < minimum:
+        at_least = "" if minimum < 0 else f" >= {minimum:g}"
+        raise ValueError(
+            f"`rho`, the radius of the neighborhood, must be a finite number{at_least}. Received: "
+            f"rho={rho!r}"
+        )
+    return float(rho)
+
+
+def _alone(surface, batch):
+    """The surface of one of its batches, which shares all that is compiled."""
+    alone = copy.copy(surface)
+    vars(alone)["batches"] = lambda: [batch]
+    return alone
+
+
+def _start(surface):
+    """Loss, a float, and gradient at the weights of the model."""
+    loss, g = surface.loss_and_gradient(surface.weights)
+    return _finite_loss(surface, float(ops.convert_to_numpy(loss))), g
+
+
+def _finite_loss(surface, loss):
+    if not math.isfinite(loss):
+        surface.check()  # Raises, and says what to look for.
+    return loss
+
+
+def _change(surface, rho, neighborhood, steps=1, restarts=0, seed=0, start=None):
+    """How far the loss goes on projected ascents; on descents, if rho is negative."""
+    _check_count("steps", steps, 1)
+    _check_count("restarts", restarts, 0)
+    region, random = neighborhoods.get(neighborhood), np.random.default_rng(seed)
+    w, biases = surface.weights, [is_bias(v) for v in surface.variables]
+    clean, g = start or _start(surface)
+    changes = []
+    for direction in [g, *(_gaussian(random, w) for _ in range(restarts))]:
+        e = region.perturbation(direction, w, rho, biases)
+        for _ in range(steps - 1):
+            loss, slope = surface.loss_and_gradient(vectors.add(w, e))
+            changes.append(float(ops.convert_to_numpy(loss)) - clean)
+            climb = region.perturbation(slope, w, rho, biases)
+            e = region.project(vectors.add(e, climb), w, abs(rho), biases)
+        changes.append(surface.loss(vectors.add(w, e)) - clean)
+    return float(np.max(changes) if rho >= 0 else np.min(changes))
+
+
+def _gaussian(random, w):
+    """Normal random numbers in the shapes and dtypes of `w`, the same on all backends."""
+    return [
+        ops.cast(ops.convert_to_tensor(random.normal(size=t.shape).astype("float32")), t.dtype)
+        for t in w
+    ]
+
+
+def _unit(x):
+    length = vectors.norm(x)
+    return vectors.scale(vectors.quotient(ops.ones_like(length), length), x)
+
+
+def _check_count(name, value, minimum):
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer >= {minimum}. Received: {name}={value!r}")

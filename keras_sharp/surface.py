@@ -367,3 +367,15 @@ def _open(x, y, sample_weight, batch_size):
 
 
 _INFINITE = -1  # What `tf.data.Dataset.cardinality` returns for an infinite data set.
+
+
+def as_surface(model, x, y, sample_weight, batch_size):
+    """The surface of a model and data, or the one given in place of a model."""
+    if not isinstance(model, LossSurface):
+        return LossSurface(model, x, y, sample_weight, batch_size=batch_size)
+    if x is not None:
+        raise ValueError(
+            "A LossSurface has its data. Received: a LossSurface, and data `x`. Pass the surface "
+            "alone, or a model and data."
+        )
+    return model

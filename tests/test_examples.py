@@ -52,6 +52,27 @@ def test_quickstart_refuses_a_method_that_does_not_exist(tmp_path):
     assert "sma" in done.stderr
 
 
+@pytest.mark.slow
+def test_see_the_sharpness_prints_its_table_and_saves_its_pictures(tmp_path):
+    backend = keras.backend.backend()
+    small = ["--epochs", "1", "--train", "200", "--probe", "50", "--points", "3"]
+    done = run(
+        "see_the_sharpness.py", "--backend", backend, "--dataset", "digits", *small, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    rows = {row[0]: row[1:6] for row in rows if row and row[0] in ("SGD", "SAM", "BSAM")}
+    assert list(rows) == ["SGD", "SAM", "BSAM"]
+    for accuracy, first, fifth, ratio, sharpness in rows.values():
+        assert 0 < float(accuracy) < 1
+        assert float(first) > float(fifth)
+        assert float(ratio) == pytest.approx(float(first) / float(fifth), rel=0.05)
+        assert float(sharpness) > 0
+    for picture in ("eigenvalues", "density", "lines", "planes"):
+        path = tmp_path / "results" / f"see_the_sharpness_{picture}.png"
+        assert path.stat().st_size > 5_000
+
+
 @pytest.fixture
 def nothing_at_hand(monkeypatch, tmp_path):
     """As on the machine of a user without a network: no file, no server."""

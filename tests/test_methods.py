@@ -240,7 +240,7 @@ def test_a_class_in_place_of_an_instance_is_answered_with_a_hint(method):
         methods.get(method)
 
 
-@pytest.mark.parametrize("wrong", [None, 0.05, ["sam"], Ball(), object()], ids=repr)
+@pytest.mark.parametrize("wrong", [0.05, ["sam"], Ball(), object()], ids=repr)
 def test_wrong_types_are_refused_with_what_was_received(wrong):
     with pytest.raises(ValueError, match="A method must be one of the names") as error:
         methods.get(wrong)

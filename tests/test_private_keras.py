@@ -70,6 +70,19 @@ def test_stateless_scope_gives_variables_other_values_and_collects_updates():
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), [1.0, 2.0])
 
 
+def test_exchanging_variables_works_on_a_layer_that_is_built():
+    layer = layers.Dense(2)
+    layer.build((None, 3))
+    kernel, bias = layer.kernel, layer.bias
+    with _keras.exchanging_variables(layer, [bias]):
+        layer.other = layer.add_weight(shape=(4,), name="other")
+    assert [id(v) for v in layer.variables] == [id(kernel), id(layer.other)], (
+        "see exchanging_variables"
+    )
+    with pytest.raises(ValueError, match="already built"):
+        layer.add_weight(shape=(4,))
+
+
 def test_data_adapter_reads_arrays_in_batches_again_and_again():
     x, y = np.arange(12.0).reshape(6, 2), np.arange(6)
     data = _keras.data_adapter(x, y, None, batch_size=4)

@@ -169,6 +169,24 @@ def test_rho_follows_its_schedule_compiled(schedule):
 
 
 @AS_WRITTEN
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("PolynomialDecay", (0.1, 4, 0.02), [0.1, 0.08, 0.06, 0.04, 0.02, 0.02]),
+        ("PolynomialDecay", (0.0, 4, 0.1), [0.0, 0.025, 0.05, 0.075, 0.1, 0.1]),
+        ("CosineDecay", (0.1, 4), [0.1, 0.0853553, 0.05, 0.0146447, 0.0, 0.0]),
+        # Initially 0, 2 steps of decay to a share of 0; warm-up to 0.1 in 2 steps.
+        ("CosineDecay", (0.0, 2, 0.0, "c", 0.1, 2), [0.0, 0.05, 0.1, 0.05, 0.0, 0.0]),
+        ("PiecewiseConstantDecay", ([1, 3], [0.0, 0.1, 0.2]), [0.0, 0.0, 0.1, 0.1, 0.2, 0.2]),
+    ],
+    ids=["linear", "warm_up", "cosine", "warm_up_and_cosine", "stairs"],
+)
+def test_schedules_of_keras_serve_for_rho(name, arguments, expected):
+    model = wrap(SAM(rho=getattr(keras.optimizers.schedules, name)(*arguments)))
+    np.testing.assert_allclose(logged_rhos(model, 6), expected, rtol=1e-5, atol=1e-8)
+
+
+@AS_WRITTEN
 def test_each_hyperparameter_has_a_schedule_of_its_own():
     model = wrap(GSAM(rho=falling, alpha=decay()))
     for i in range(3):

@@ -3,6 +3,8 @@
 `tests/test_private_keras.py` fails loudly when Keras changes one of them.
 """
 
+import contextlib
+
 import keras
 from keras.src import backend
 from keras.src.random.seed_generator import global_seed_generator
@@ -65,6 +67,25 @@ def global_seed():
     next step from a new one.
     """
     return global_seed_generator().state
+
+
+@contextlib.contextmanager
+def exchanging_variables(layer, old):
+    """Within, a layer that has lost the variables `old` takes new ones, though it is built.
+
+    Keras fixes the variables of a layer when it is built. There is no public
+    way to exchange some, but it does so itself in `enable_lora`.
+    """
+    tracker = layer._tracker
+    locked = tracker.locked
+    for variable in old:
+        layer._untrack_variable(variable)
+    tracker.unlock()
+    try:
+        yield
+    finally:
+        if locked:
+            tracker.lock()
 
 
 def data_adapter(x, y, sample_weight, batch_size):

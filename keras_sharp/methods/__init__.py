@@ -8,6 +8,7 @@ from keras_sharp.methods.asam import ASAM
 from keras_sharp.methods.bsam import BSAM
 from keras_sharp.methods.gsam import GSAM
 from keras_sharp.methods.method import Method
+from keras_sharp.methods.plain import Plain
 from keras_sharp.methods.sam import SAM
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "SAM",
     "AdaptiveGSAM",
     "Method",
+    "Plain",
     "deserialize",
     "get",
     "serialize",
@@ -38,7 +40,7 @@ def get(identifier):
 
     Args:
         identifier: a name such as `"sam"` or `"adaptive_gsam"`, the config
-            that `serialize` returned, or a `Method`.
+            that `serialize` returned, or a `Method`. `None` is plain training.
 
     Returns:
         A `Method`.
@@ -52,6 +54,8 @@ def get(identifier):
     >>> keras_sharp.methods.get("gsam").get_config()["alpha"]
     0.4
     """
+    if identifier is None:
+        return Plain()
     return look_up(identifier, Method, METHODS, "method")
 
 

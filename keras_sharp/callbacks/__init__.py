@@ -1,0 +1,8 @@
+"""Callbacks that steer a sharpness-aware training, or watch it."""
+
+from keras_sharp.callbacks.hessian_probe import HessianProbe
+from keras_sharp.callbacks.rho_scheduler import RhoScheduler
+from keras_sharp.callbacks.sharpness_probe import SharpnessProbe
+from keras_sharp.callbacks.switch_method import SwitchMethod
+
+__all__ = ["HessianProbe", "RhoScheduler", "SharpnessProbe", "SwitchMethod"]

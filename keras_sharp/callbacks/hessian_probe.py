@@ -1,0 +1,119 @@
+"""The curvature of the loss, watched in training."""
+
+import math
+
+from keras_sharp import curvature, plots
+from keras_sharp.callbacks.probe import Probe
+
+
+class HessianProbe(Probe):
+    """Measures at the end of each epoch the largest eigenvalues of the Hessian.
+
+    Writes into the logs `hessian_lambda_1` to `hessian_lambda_k`;
+    `hessian_ratio`, the first over the fifth (or over the last of fewer), NaN
+    if that is not positive; and, if asked for, `hessian_trace`. `EarlyStopping`,
+    `CSVLogger` and the like can use them, if listed after this callback. The
+    attribute `history` keeps them, and `plot` draws them. Works with any
+    compiled model, wrapped or not. Nothing that the callback does changes the
+    training.
+
+    Args:
+        x: the inputs to measure on, a fixed sample of the training data: see
+            `keras_sharp.curvature.HessianOperator`. A few hundred examples
+            tell the large eigenvalues well.
+        y: the targets, likewise.
+        sample_weight: the weights of the examples, likewise.
+        k: Integer >= 1, how many eigenvalues. Defaults to `5`.
+        every: Integer >= 1, how many epochs lie between two looks. The first
+            epoch and the last one are always among them. Defaults to `1`.
+        trace: Boolean, whether to estimate the trace as well, from 100
+            products. Defaults to `False`.
+        density: Boolean, whether to keep, in `history["density"]`, a
+            `SpectralDensity` for each look, from 40 products. Defaults to
+            `False`.
+        verbose: Integer. `0` is quiet, `1` prints the numbers. Defaults to
+            `0`.
+        **kwargs: `batch_size` and `variables`, see `HessianOperator`.
+
+    Raises:
+        ValueError: if an argument is not one of these; before the first
+            epoch, if the data do not fit the model, if the loss on them is
+            not finite, or if there are fewer than `k` weights.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> x, y = np.random.normal(size=(16, 4)), np.zeros((16, 1))
+    >>> probe = keras_sharp.callbacks.HessianProbe(x, y, k=2)
+    >>> history = model.fit(x, y, epochs=3, callbacks=[probe], verbose=0)
+    >>> sorted(history.history)
+    ['hessian_lambda_1', 'hessian_lambda_2', 'hessian_ratio', 'loss']
+    >>> figure = probe.plot()
+
+    References:
+        - [Foret et al., 2021](https://arxiv.org/abs/2010.01412), section 4.2.
+        - [Jastrzebski et al., 2020](https://arxiv.org/abs/2002.09572)
+    """
+
+    def __init__(
+        self,
+        x,
+        y=None,
+        sample_weight=None,
+        *,
+        k=5,
+        every=1,
+        trace=False,
+        density=False,
+        verbose=0,
+        **kwargs,
+    ):
+        super().__init__((x, y, sample_weight), every, verbose)
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"`k` must be an integer >= 1. Received: k={k!r}")
+        for name, value in (("trace", trace), ("density", density)):
+            if not isinstance(value, bool):
+                raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
+        self.k, self.trace, self.density = k, trace, density
+        self.options = kwargs
+        self.names = [f"hessian_lambda_{i + 1}" for i in range(k)]
+        if k > 1:
+            self.names.append("hessian_ratio")
+        if trace:
+            self.names.append("hessian_trace")
+
+    def prepare(self):
+        self._hessian = curvature.HessianOperator(self.model, *self.data, **self.options)
+        if self.k > self._hessian.size:
+            raise ValueError(
+                f"`k`, the number of eigenvalues, is larger than that of the weights. Received: "
+                f"k={self.k} and {self._hessian.size} weights."
+            )
+        if self.density:
+            self.history["density"] = []
+
+    def refresh(self):
+        self._hessian.refresh()
+
+    def measure(self):
+        values = curvature.eigenvalues(self._hessian, k=self.k, verbose=0).values
+        numbers = [float(value) for value in values]
+        if self.k > 1:
+            low = numbers[min(self.k, 5) - 1]
+            numbers.append(numbers[0] / low if low > 0 else math.nan)
+        if self.trace:
+            numbers.append(curvature.trace(self._hessian, verbose=0).value)
+        if self.density:
+            density = curvature.spectral_density(self._hessian, verbose=0)
+            self.history["density"].append(density)
+        return dict(zip(self.names, numbers, strict=True))
+
+    def plot(self):
+        """Draw the eigenvalues over the epochs.
+
+        Returns:
+            A `matplotlib.figure.Figure`: see
+            `keras_sharp.plots.eigenvalue_history`.
+        """
+        return plots.eigenvalue_history(self.history)

@@ -1,0 +1,357 @@
+"""Slices of the loss surface: along a line, in a plane, and between two models.
+
+The loss is the one that `evaluate` reports, in inference mode: the statistics
+of BatchNormalization stay as they are. `keras_sharp.plots.landscape` draws the
+slices.
+"""
+
+import math
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_sharp import engine, vectors
+from keras_sharp.surface import as_surface
+from keras_sharp.weights import is_bias, is_norm
+
+
+class Line(NamedTuple):
+    """The loss along a line.
+
+    Attributes:
+        coordinates: array of shape `(n,)`: `t` of the weights `w + t * direction`.
+        losses: array of shape `(n,)`.
+    """
+
+    coordinates: np.ndarray
+    losses: np.ndarray
+
+
+class Plane(NamedTuple):
+    """The loss in a plane.
+
+    Attributes:
+        first: array of shape `(n,)`, the coordinates in the first direction.
+        second: array of shape `(n,)`, those in the second direction.
+        losses: array of shape `(n, n)`: `losses[i, j]` is the loss at
+            `first[i]` and `second[j]`.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    losses: np.ndarray
+
+
+def line(
+    model,
+    x=None,
+    y=None,
+    sample_weight=None,
+    *,
+    direction="random",
+    span=(-1.0, 1.0),
+    num_points=21,
+    seed=0,
+    batch_size=256,
+    verbose=0,
+):
+    """The loss along a line through the weights of a model.
+
+    ```
+    losses = [L(w + t * direction) for t in np.linspace(*span, num_points)]
+    ```
+
+    Args:
+        model: a compiled and built `keras.Model`, wrapped or not. Or a
+            `keras_sharp.surface.LossSurface`, without the data.
+        x: the inputs: an array or a nested structure of arrays; or all the
+            data, as a `tf.data.Dataset`, a `keras.utils.PyDataset` or a
+            `torch.utils.data.DataLoader`.
+        y: the targets, likewise.
+        sample_weight: the weights of the examples, likewise.
+        direction: `"random"`, see `random_direction`; a list with one array
+            per trainable variable; or one long vector, such as an eigenvector
+            from `keras_sharp.curvature.eigenvalues`. Defaults to `"random"`.
+        span: pair of floats, the first and the last coordinate. Defaults to
+            `(-1.0, 1.0)`. An eigenvector has length 1, a random direction
+            about that of the weights.
+        num_points: Integer >= 2. An odd number in a symmetric `span` has the
+            weights themselves among the points. Defaults to `21`.
+        seed: Integer, the seed of a random direction. Defaults to `0`.
+        batch_size: Integer, how many examples of an array are in memory at
+            once. Defaults to `256`.
+        verbose: Integer. `1` shows a progress bar. Defaults to `0`.
+
+    Returns:
+        A `Line`.
+
+    Raises:
+        ValueError: if the model is not compiled or not built, or has no
+            trainable weights; if there are no data, or the loss on them is
+            not finite; if an argument is not one of these.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    >>> model.compile("sgd", "mse")
+    >>> model.set_weights([np.array([[2.0]])])
+    >>> x, y = np.ones((4, 1)), np.zeros((4, 1))
+    >>> keras_sharp.landscape.line(model, x, y, direction=[[[1.0]]], num_points=3)
+    Line(coordinates=array([-1.,  0.,  1.]), losses=array([1., 4., 9.]))
+
+    Reference:
+        - [Li et al., 2018](https://arxiv.org/abs/1712.09913)
+    """
+    coordinates = _coordinates(span, num_points)
+    surface = as_surface(model, x, y, sample_weight, batch_size)
+    (direction,) = _directions(surface, direction, 1, seed)
+    losses = _losses(surface, [(t,) for t in coordinates], [direction], verbose)
+    return Line(coordinates, losses)
+
+
+def plane(
+    model,
+    x=None,
+    y=None,
+    sample_weight=None,
+    *,
+    directions="random",
+    span=(-1.0, 1.0),
+    num_points=21,
+    seed=0,
+    batch_size=256,
+    verbose=0,
+):
+    """The loss in a plane through the weights of a model.
+
+    ```
+    losses[i, j] = L(w + first[i] * directions[0] + second[j] * directions[1])
+    ```
+
+    Args:
+        model: see `line`, as for all arguments but `directions`.
+        x: see `line`.
+        y: see `line`.
+        sample_weight: see `line`.
+        directions: `"random"`, or a pair of directions, each of which is
+            what `line` takes; or an array of shape `(size, 2)`, such as the
+            eigenvectors from `keras_sharp.curvature.eigenvalues`. Defaults to
+            `"random"`.
+        span: see `line`; the same for both directions.
+        num_points: see `line`; in each direction, so that the loss is
+            computed `num_points**2` times.
+        seed: see `line`.
+        batch_size: see `line`.
+        verbose: see `line`.
+
+    Returns:
+        A `Plane`.
+
+    Raises:
+        ValueError: see `line`.
+
+    Example:
+
+    The two sharpest directions:
+
+    ```python
+    top = keras_sharp.curvature.eigenvalues(model, x, y, k=2, return_vectors=True)
+    plane = keras_sharp.landscape.plane(model, x, y, directions=top.vectors)
+    keras_sharp.plots.landscape(plane)
+    ```
+
+    Reference:
+        - [Li et al., 2018](https://arxiv.org/abs/1712.09913)
+    """
+    coordinates = _coordinates(span, num_points)
+    surface = as_surface(model, x, y, sample_weight, batch_size)
+    directions = _directions(surface, directions, 2, seed)
+    points = [(s, t) for s in coordinates for t in coordinates]
+    losses = _losses(surface, points, directions, verbose)
+    return Plane(coordinates, coordinates, losses.reshape(num_points, num_points))
+
+
+def between(
+    model,
+    other,
+    x=None,
+    y=None,
+    sample_weight=None,
+    *,
+    span=(0.0, 1.0),
+    num_points=21,
+    batch_size=256,
+    verbose=0,
+):
+    """The loss on the straight line from one model to another.
+
+    ```
+    losses = [L((1 - t) * w + t * w_other) for t in np.linspace(*span, num_points)]
+    ```
+
+    The statistics of BatchNormalization are interpolated along with the
+    weights, so that the ends are the two models as they are.
+
+    Args:
+        model: a compiled and built `keras.Model`, wrapped or not, at `t = 0`.
+        other: likewise, of the same architecture, at `t = 1`.
+        x: see `line`.
+        y: see `line`.
+        sample_weight: see `line`.
+        span: pair of floats, the first and the last `t`. Defaults to
+            `(0.0, 1.0)`.
+        num_points: see `line`.
+        batch_size: see `line`.
+        verbose: see `line`.
+
+    Returns:
+        A `Line`.
+
+    Raises:
+        ValueError: see `line`; and if the weights of the models differ in
+            their shapes.
+
+    Reference:
+        - [Goodfellow et al., 2015](https://arxiv.org/abs/1412.6544)
+    """
+    coordinates = _coordinates(span, num_points)
+    surface, end = (as_surface(m, x, y, sample_weight, batch_size) for m in (model, other))
+    w, state = surface.weights, surface.state
+    shapes, other_shapes = _shapes(w + state), _shapes(end.weights + end.state)
+    if shapes != other_shapes:
+        raise ValueError(
+            "There is a line between models of the same architecture only. Received: models whose "
+            f"weights have the shapes {shapes} and {other_shapes}."
+        )
+    pairs = list(zip(state, end.state, strict=True))
+
+    def state_at(t):
+        return [a + t * (b - a) if _is_float(a) else a for a, b in pairs]
+
+    direction = [b - a for a, b in zip(w, end.weights, strict=True)]
+    points = [(t,) for t in coordinates]
+    return Line(coordinates, _losses(surface, points, [direction], verbose, state_at))
+
+
+def random_direction(model, seed=0):
+    """A random direction in which every filter is as long as the weights of that filter.
+
+    ```
+    d = normal random numbers
+    d[..., j] = d[..., j] / ‖d[..., j]‖ * ‖w[..., j]‖      # each filter or unit j
+    d = 0                                                  # biases and normalization
+    ```
+
+    With it, slices of networks whose weights have different sizes can be
+    compared: rescaling a layer does not change them.
+
+    Args:
+        model: a built `keras.Model`, wrapped or not.
+        seed: Integer. Defaults to `0`.
+
+    Returns:
+        A list with one NumPy array per trainable variable.
+
+    Reference:
+        - [Li et al., 2018](https://arxiv.org/abs/1712.09913), section 4.
+    """
+    return _random_direction(model.trainable_variables, np.random.default_rng(seed))
+
+
+def _random_direction(variables, random):
+    direction = []
+    for v in variables:
+        w = ops.convert_to_numpy(ops.cast(engine.read(v), "float32"))
+        d = random.normal(size=w.shape)
+        if w.ndim < 2 or is_bias(v) or is_norm(v):
+            d[...] = 0.0
+        else:
+            d *= _filter_lengths(w) / _filter_lengths(d)
+        direction.append(d.astype("float32"))
+    return direction
+
+
+def _filter_lengths(kernel):
+    return np.linalg.norm(kernel.reshape(-1, kernel.shape[-1]), axis=0)
+
+
+def _directions(surface, given, count, seed):
+    """A list of `count` directions, each a list of tensors."""
+    if isinstance(given, str):
+        if given != "random":
+            raise ValueError(
+                f"A direction must be 'random', a list of arrays or one vector. Received: {given!r}"
+            )
+        random = np.random.default_rng(seed)
+        given = [_random_direction(surface.variables, random) for _ in range(count)]
+    elif count == 1:
+        given = [given]
+    elif getattr(given, "ndim", 0) == 2:  # The columns of a matrix.
+        given = given.T
+    if len(given) != count:
+        raise ValueError(
+            f"A plane has {count} directions. Received: {len(given)} of them. Expected a pair, or "
+            f"a matrix of {count} columns."
+        )
+    return [_as_weights(direction, surface) for direction in given]
+
+
+def _as_weights(direction, surface):
+    """A direction as a list of tensors in the shapes and dtypes of the weights."""
+    shapes = _shapes(surface.weights)
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    if getattr(direction, "ndim", None) == 1 and len(direction) == ends[-1]:
+        parts = np.split(np.asarray(direction), ends[:-1])
+        direction = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    if len(direction) != len(shapes) or _shapes(map(np.asarray, direction)) != shapes:
+        raise ValueError(
+            "A direction must be a list with one array per trainable variable, or a vector of all "
+            f"their entries. Received: {_shapes(map(np.asarray, direction))}. Expected arrays of "
+            f"the shapes {shapes}, or a vector of the length {ends[-1]}."
+        )
+    return [
+        ops.convert_to_tensor(np.asarray(d), dtype=v.dtype)
+        for d, v in zip(direction, surface.variables, strict=True)
+    ]
+
+
+def _shapes(arrays):
+    return [tuple(a.shape) for a in arrays]
+
+
+def _is_float(tensor):
+    return keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
+
+
+def _coordinates(span, num_points):
+    if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points < 2:
+        raise ValueError(
+            f"`num_points` must be an integer >= 2. Received: num_points={num_points!r}"
+        )
+    try:
+        first, last = map(float, span)
+    except (TypeError, ValueError):
+        first = last = math.nan
+    if not -math.inf < first < last < math.inf:
+        raise ValueError(
+            "`span` must be a pair of finite numbers, the first and the last coordinate. "
+            f"Received: span={span!r}"
+        )
+    return np.linspace(first, last, num_points)
+
+
+def _losses(surface, points, directions, verbose, state_at=None):
+    """The loss at each point, given by its coordinates in the directions."""
+    surface.check()
+    w = surface.weights
+    progress = keras.utils.Progbar(len(points), verbose=verbose, unit_name="point")
+    losses = []
+    for point in points:
+        at = w
+        for t, direction in zip(point, directions, strict=True):
+            at = vectors.add_scaled(at, float(t), direction)
+        losses.append(surface.loss(at, None if state_at is None else state_at(float(point[0]))))
+        progress.update(len(losses))
+    return np.array(losses)
