@@ -176,11 +176,14 @@ def _dot(x, y):
 def _sum_in_parts(x, parts=8):
     """The sum of a vector. On a CPU, XLA waits for each addition before it begins the next.
 
-    Measured on 400,000 numbers: 0.37 ms in one sum, 0.04 ms in eight that run side by side.
+    Measured on 400,000 numbers: 0.37 ms in one sum, 0.06 ms in eight that run side by side.
+    Eight slices would do as well, but XLA took minutes to compile a dozen of them.
     """
-    length = x.shape[0] // parts
-    equal = [x[i * length : (i + 1) * length] for i in range(parts)]
-    return tf.reduce_sum(tf.add_n(equal)) + tf.reduce_sum(x[parts * length :])
+    even = x.shape[0] // parts * parts
+    sums = tf.reduce_sum(tf.reshape(x[:even], (parts, -1)), axis=0)
+    # It changes nothing, and keeps XLA from making one sum of the two.
+    sums = tf.where(sums == sums, sums, 2 * sums)
+    return tf.reduce_sum(sums) + tf.reduce_sum(x[even:])
 
 
 def scale(a, xs):
