@@ -4,6 +4,7 @@ Each topology is launched once, trains all cases (`tests/distributed/worker.py`)
 writes down its weights and logs; the tests compare.
 """
 
+import contextlib
 import functools
 import re
 import signal
@@ -191,7 +192,7 @@ def test_training_goes_on_with_fewer_and_with_more_devices(outcome, topology):
     continued = found.variables("continued")
     models.assert_close(continued, expected, rtol=0, atol=1e-6)
 
-    wrapper = keras.saving.load_model(found.folder / "from_many.keras")
+    wrapper = keras.saving.load_model(found.folder / "from_many_0.keras")
     models.assert_close(values(variables_of(wrapper)), found.variables("sam-global"), atol=1e-7)
     more = worker.fit(wrapper, *worker.data("sam-global"), epochs=1)
     whole, _ = one_device(epochs=5)
@@ -235,10 +236,12 @@ def test_a_step_sends_one_gradient_per_evaluation_or_per_step(outcome, case):
     wrapper, _ = one_device(epochs=0)
     num_weights = sum(int(np.prod(v.shape)) for v in wrapper.trainable_variables)
     sizes = found.replicas(case, "messages")[0]
-    evaluations = {"sam-global": 2, "bsam-global": 3}.get(case, 1)
-    assert sum(size >= num_weights for size in sizes) == evaluations, sizes
-    # Metrics, losses and norms are a handful of numbers.
-    assert sum(sizes) <= evaluations * num_weights + 30, sizes
+    gradients = {"sam-global": 2, "bsam-global": 3}.get(case, 1)
+    # XLA puts the two perturbed gradients of BSAM into one message.
+    messages = 2 if (BACKEND, case) == ("jax", "bsam-global") else gradients
+    assert sum(size >= num_weights for size in sizes) == messages, sizes
+    # Metrics, losses and norms are a handful of numbers beside them.
+    assert gradients * num_weights <= sum(sizes) <= gradients * num_weights + 30, sizes
 
 
 #: What a TPU has no code for: calls to the host, strings, shapes that depend on data.
@@ -274,6 +277,21 @@ def test_what_keras_cannot_do_on_several_replicas_is_refused(outcome):
     for message, option in zip(messages, worker.REFUSED, strict=True):
         assert "with 2 replicas cannot" in message
         assert f"{option}=2" in message
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a matter of tf.distribute")
+@pytest.mark.parametrize("inside", ["model", "wrapper"])
+def test_a_model_and_a_wrapper_in_different_strategies_are_refused(inside):
+    import tensorflow as tf
+
+    scope, nothing = tf.distribute.OneDeviceStrategy("CPU:0").scope(), contextlib.nullcontext()
+    with scope if inside == "model" else nothing:
+        model = models.mlp()
+    with scope if inside == "wrapper" else nothing:
+        wrapper = SharpnessAwareModel(model)
+        wrapper.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"OneDeviceStrategy.*strategy\.scope"):
+        wrapper.fit(*models.regression(), verbose=0)
 
 
 def test_on_one_device_both_scopes_are_the_same():

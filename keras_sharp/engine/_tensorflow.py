@@ -254,6 +254,7 @@ class Trainer(StrategyTrainer):
     """The glue into `TensorFlowTrainer`: the step is what `tf.function` traces."""
 
     def make_train_function(self, force=False):
+        _check_scope(self)
         if self._shares_variables():
             _check_distribution(self)
         return self._without_xla(super().make_train_function, force)
@@ -296,6 +297,17 @@ def _as_vectors(logs):
     ):
         return logs
     return {name: tf.reshape(value, (1,)) for name, value in logs.items()}
+
+
+def _check_scope(wrapper):
+    """Refuse a model whose variables are not those of the strategy that trains it."""
+    inner, outer = (type(m.distribute_strategy).__name__ for m in (wrapper.model, wrapper))
+    if wrapper.model.distribute_strategy is not wrapper.distribute_strategy:
+        raise ValueError(
+            "A model and its wrapper must be made in the scope of the same tf.distribute.Strategy. "
+            f"Received: a model made in a {inner} and a wrapper made in a {outer}. Make both, and "
+            "compile, in `with strategy.scope():`."
+        )
 
 
 def _check_distribution(model):

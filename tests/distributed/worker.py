@@ -285,8 +285,8 @@ def main(topology, rank, ports, folder):
         options = {"epochs": epochs_of(name), "evaluate": name in EVALUATED}
         history = fit(wrapper, *place.share(*data(name)), **options)
         write(name, wrapper, history)
-        if name == "sam-global" and place.rank == 0:
-            wrapper.save(folder / "from_many.keras")
+        if name == "sam-global":  # All processes of JAX must take part in saving.
+            wrapper.save(folder / f"from_many_{place.rank}.keras")
         count = MESSAGES.get((place.backend, topology))
         if count and name in COUNTED:
             x, y, size = place.share(*data(name))
