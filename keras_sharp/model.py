@@ -12,6 +12,9 @@ from keras_sharp.objective import Objective, State, TrainingLoss, compute_loss
 from keras_sharp.schedules import full_precision
 from keras_sharp.weights import get_choice, is_bias, is_overwritten
 
+#: The choices of `perturbation_scope`.
+SCOPES = ("global", "replica")
+
 #: Logs that are computed only if asked for, by `extra_logs`.
 EXTRA_LOGS = ("perturbed_loss", "sharpness", "grad_norm", "grad_cosine", "skipped_steps")
 
@@ -69,6 +72,12 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             each part is normalized by itself, as on several devices.
         name: String, the name of the model. Defaults to `None`, a name made
             by Keras.
+        perturbation_scope: what the adversary sees if several devices or
+            processes, the replicas, share the training. `"global"`: the batch
+            of all replicas, as one device would. `"replica"`: each replica is
+            perturbed by its own part of the batch, and the directions are
+            averaged: m-sharpness, with less communication. Defaults to
+            `"global"`; on one device both are the same.
         perturb: which weights take part in the perturbation; the others are
             trained all the same. One of `"all"`, `"no_bias_no_norm"` (neither
             biases nor the weights of normalization layers), `"norm_only"`
@@ -107,6 +116,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         num_micro_batches=1,
         name=None,
         *,
+        perturbation_scope="global",
         perturb="all",
         fresh_noise=False,
         extra_logs=(),
@@ -121,6 +131,12 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
                 "`num_micro_batches`, the number of parts into which a batch is split, must be an "
                 f"integer >= 1. Received: num_micro_batches={num_micro_batches!r}"
             )
+        if perturbation_scope not in SCOPES:
+            raise ValueError(
+                f"`perturbation_scope` must be one of {list(SCOPES)}. Received: "
+                f"perturbation_scope={perturbation_scope!r}."
+                f"{did_you_mean(str(perturbation_scope), SCOPES)}"
+            )
         if not isinstance(fresh_noise, bool):
             raise ValueError(
                 f"`fresh_noise` must be True or False. Received: fresh_noise={fresh_noise!r}"
@@ -129,6 +145,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
         self.model = model
         self.num_micro_batches = num_micro_batches
+        self.perturbation_scope = perturbation_scope
         self.perturb = perturb
         self.fresh_noise = fresh_noise
         self.extra_logs = _check_extra_logs(extra_logs)
@@ -244,6 +261,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         engine.global_seeds()  # Made here, not while a function is traced.
         if self.model.built:
             self._check_trainable()
+            engine.broadcast([*self.variables, *self.optimizer.variables])
         return super().make_train_function(force)
 
     def fit(self, x=None, y=None, batch_size=None, *args, **kwargs):
@@ -265,9 +283,9 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         """
         if self.num_micro_batches > 1:
             self._check_batch_size(_first_batch_size(x, batch_size))
-        skipped_before = int(self.skipped_steps)
+        skipped_before = int(ops.convert_to_numpy(self.skipped_steps))
         history = super().fit(x, y, batch_size, *args, **kwargs)
-        skipped = int(self.skipped_steps) - skipped_before
+        skipped = int(ops.convert_to_numpy(self.skipped_steps)) - skipped_before
         if skipped and not self._scales_loss_dynamically():
             warnings.warn(
                 f"{skipped} training steps were skipped, because a loss or a gradient was not "
@@ -288,7 +306,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         """
         self._check_trainable()
         x, y, sample_weight = batch = keras.utils.unpack_x_y_sample_weight(data)
-        size = ops.shape(next(t for t in keras.tree.flatten(x) if t is not None))[0]
+        size = _batch_size(x)
         hyperparameters = self._advance_hyperparameters()
         loss = TrainingLoss(self)
         state = loss.current_state()
@@ -299,14 +317,20 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             result, after, y_pred = self._run_method(loss, before, batch, hyperparameters)
             return (after.noise, after.trackers), (result, after.statistics), y_pred
 
-        if self.num_micro_batches == 1:
-            outcome = run((state.noise, state.trackers), batch)
-        else:
-            self._check_batch_size(size)
+        def run_parts(carried, batch):
+            if self.num_micro_batches == 1:
+                return run(carried, batch)
+            self._check_batch_size(_batch_size(batch))
             # Each part hands seeds and metrics to the next; all else is averaged.
-            outcome = engine.average_micro_batches(
-                run, (state.noise, state.trackers), batch, self.num_micro_batches
-            )
+            return engine.average_micro_batches(run, carried, batch, self.num_micro_batches)
+
+        carried = state.noise, state.trackers
+        if self.perturbation_scope == "replica":
+            outcome = engine.average_replicas(run_parts, carried, batch)
+        else:
+            # The result is that of all replicas already, and the same on each.
+            carried, (result, statistics), y_pred = run_parts(carried, batch)
+            outcome = carried, (result, engine.mean_over_replicas(statistics, size)), y_pred
         (noise, trackers), (result, statistics), y_pred = outcome
         self._commit(loss, State(noise, statistics, trackers), result)
         return self._update_logs(x, y, y_pred, sample_weight, size, result, hyperparameters)
@@ -319,6 +343,8 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             needs; the `State` of the model afterwards; the predictions.
         """
         scale = self._loss_scale()
+        size = _batch_size(batch)
+        is_global = self.perturbation_scope == "global"
         random_state = engine.random_state()
 
         def same_noise():
@@ -335,6 +361,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
                 biases=[is_bias(v) for v in loss.weights],
                 frozen=[is_overwritten(v) for v in loss.weights],
                 loss_scale=scale,
+                average=(lambda t: engine.mean_over_replicas(t, size)) if is_global else None,
             )
 
         w = [engine.read(v) for v in loss.weights]
@@ -520,6 +547,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             "method": methods.serialize(self.method),
             "num_micro_batches": self.num_micro_batches,
             "name": self.name,
+            "perturbation_scope": self.perturbation_scope,
             "perturb": keras.saving.serialize_keras_object(self.perturb),
             "fresh_noise": self.fresh_noise,
             "extra_logs": list(self.extra_logs),
@@ -540,6 +568,10 @@ def _assign(variables, values):
     for variable, value in zip(variables, values, strict=True):
         if value is not None:
             variable.assign(value)
+
+
+def _batch_size(batch):
+    return ops.shape(next(t for t in keras.tree.flatten(batch) if t is not None))[0]
 
 
 def _check_model(model):

@@ -42,6 +42,9 @@ class Objective:
         loss_scale: scalar by which the loss is multiplied before, and the
             gradient divided after, the backward pass, for float16. Defaults
             to `None`, no scaling.
+        average: function that takes a list, the loss and the gradient of this
+            replica, and returns their means over all replicas. Defaults to
+            `None`, one replica by itself.
 
     Example:
 
@@ -51,12 +54,15 @@ class Objective:
     12.5
     """
 
-    def __init__(self, loss_fn, perturbed=None, biases=None, frozen=None, loss_scale=None):
+    def __init__(
+        self, loss_fn, perturbed=None, biases=None, frozen=None, loss_scale=None, average=None
+    ):
         self._value = lambda w: (loss_fn(w), None)
         self._perturbed = perturbed
         self.biases = biases
         self._frozen = frozen
         self._loss_scale = loss_scale
+        self._average = average
         #: Each `Evaluation` asked for so far, but not those inside `through`.
         self.evaluations = []
         #: What the loss function returned beside the loss, the last time.
@@ -103,6 +109,7 @@ class Objective:
             biases=self.biases,
             frozen=self._frozen,
             loss_scale=self._loss_scale,
+            average=self._average,
         )
         return self._evaluate(lambda v: self._value(ascent(inner, v)), w)
 
@@ -139,6 +146,8 @@ class Objective:
             gradient = vectors.map_present(
                 lambda g: g / ops.cast(self._loss_scale, g.dtype), gradient
             )
+        if self._average is not None:
+            loss, *gradient = self._average([loss, *gradient])
         evaluation = Evaluation(loss, vectors.Vector(gradient))
         self.evaluations.append(evaluation)
         return evaluation
@@ -225,4 +234,4 @@ class TrainingLoss:
             None if new is old else new
             for new, old in zip(after.statistics, state.statistics, strict=True)
         ]
-        return loss, (y_pred, after._replace(statistics=moved))
+        return engine.loss_of_replica(loss), (y_pred, after._replace(statistics=moved))

@@ -16,8 +16,12 @@ import datasets  # noqa: E402
 
 
 def run(script, *arguments, cwd):
+    return start([EXAMPLES / script, *arguments], cwd)
+
+
+def start(command, cwd):
     return subprocess.run(
-        [sys.executable, EXAMPLES / script, *arguments],
+        [sys.executable, *command],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
         capture_output=True,
@@ -71,6 +75,21 @@ def test_see_the_sharpness_prints_its_table_and_saves_its_pictures(tmp_path):
     for picture in ("eigenvalues", "density", "lines", "planes"):
         path = tmp_path / "results" / f"see_the_sharpness_{picture}.png"
         assert path.stat().st_size > 5_000
+
+
+def test_the_distributed_example_runs_on_one_machine(tmp_path):
+    backend = keras.backend.backend()
+    if backend == "torch":
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    else:
+        command = []
+    script = EXAMPLES / "distributed" / f"train_{backend}.py"
+    done = start([*command, script], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    losses = [line.split()[-1] for line in done.stdout.splitlines() if "loss" in line]
+    assert len(losses) == (2 if backend == "torch" else 1)
+    assert len(set(losses)) == 1
+    assert float(losses[0]) < 1.5
 
 
 @pytest.fixture

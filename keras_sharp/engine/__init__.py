@@ -12,6 +12,10 @@ Each engine file provides the same few names:
 | `run_either(condition, if_true, if_false, variables)` | run what assigns to variables |
 | `apply(optimizer, gradients, variables)` | one optimizer step |
 | `average_micro_batches(fn, ...)` | `fn` over equal parts of a batch, averaged |
+| `average_replicas(fn, ...)` | `fn` on each replica's part of a batch, averaged |
+| `mean_over_replicas(structure, size)` | the mean over all replicas, weighted by `size` |
+| `loss_of_replica(loss)` | what Keras computed, as on a single device |
+| `broadcast(variables)` | give every replica the values of the first |
 | `compiled(fn)` | a pure function of tensors, compiled where the backend can |
 | `dot`, `scale`, `add`, `add_scaled` | the operations on lists of tensors that need speed |
 | `quotient(a, b)` | `a / b` for scalars, and 0 where `b` is 0 |
@@ -49,11 +53,15 @@ add = _engine.add
 add_scaled = _engine.add_scaled
 apply = _engine.apply
 average_micro_batches = _engine.average_micro_batches
+average_replicas = _engine.average_replicas
+broadcast = _engine.broadcast
 check_layers = _engine.check_layers
 compiled = _engine.compiled
 cond = _engine.cond
 dot = _engine.dot
 gauss_newton = _engine.gauss_newton
+loss_of_replica = _engine.loss_of_replica
+mean_over_replicas = _engine.mean_over_replicas
 global_seeds = _engine.global_seeds
 hessian = _engine.hessian
 linearized = _engine.linearized

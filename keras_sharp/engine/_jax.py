@@ -1,12 +1,18 @@
 """The JAX engine: `jax.value_and_grad`, and the step as a pure function of state."""
 
+import contextvars
 import functools
 
 import jax
 import jax.numpy as jnp
 import keras
+from jax.sharding import PartitionSpec
 
-from keras_sharp.engine._micro_batches import average_micro_batches as average_micro_batches
+from keras_sharp.engine import _micro_batches
+from keras_sharp.engine._micro_batches import map_present
+
+#: Whether the program that is being traced is that of one replica by itself.
+_on_replica = contextvars.ContextVar("_on_replica", default=False)
 
 
 def value_and_gradient(fn, weights):
@@ -81,6 +87,94 @@ def apply(optimizer, gradients, variables):
         [*variables, *optimizer.variables], [*new_values, *new_slots], strict=True
     ):
         variable.assign(value)
+
+
+# Replicas: the devices along the batch axis of a `keras.distribution`. One
+# program runs on all of them, and sees the whole batch.
+
+
+def broadcast(variables):
+    """Give every replica the values of the first one: the program has one value for all."""
+
+
+def loss_of_replica(loss):
+    """The loss as Keras computed it."""
+    return loss
+
+
+def mean_over_replicas(structure, size):
+    """The mean over all replicas: the program has it, since it sees the whole batch."""
+    del size
+    return structure
+
+
+def average_replicas(fn, carried, batch):
+    """Run `fn` on each replica's part of the batch, and average what is to be averaged.
+
+    `vmap` would do, too, but it makes convolutions grouped, because in the
+    second pass each replica has weights of its own.
+
+    Args:
+        fn: `fn(carried, part) -> (carried, averaged, outputs)`.
+        carried: a pair: what is the same on all replicas, and what adds up.
+        batch: nested structure of tensors with a common first axis.
+
+    Returns:
+        What `fn` returns, for the whole batch.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return fn(carried, batch)
+    axis = distribution.batch_dim_name
+
+    def run(part):
+        token = _on_replica.set(True)
+        try:
+            (same, added), averaged, outputs = fn(carried, part)
+        finally:
+            _on_replica.reset(token)
+        added = [
+            old if new is old else old + jax.lax.psum(new - old, axis)
+            for new, old in zip(added, carried[1], strict=True)
+        ]
+        return (same, added), jax.lax.pmean(averaged, axis), outputs
+
+    # Other axes of the mesh, along which weights are split, are left to the compiler.
+    return jax.shard_map(
+        run,
+        mesh=distribution.device_mesh.backend_mesh,
+        in_specs=PartitionSpec(axis),
+        out_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(axis)),
+        axis_names={axis},
+        check_vma=False,  # With it, a gradient at shared weights would be summed unasked.
+    )(batch)
+
+
+def average_micro_batches(fn, carried, batch, num_micro_batches):
+    """Run `fn` on equal parts of a batch: see `_micro_batches.py`.
+
+    On several devices a part takes its share from each of them: the examples
+    stay where they are, and no device idles.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or _on_replica.get():
+        return _micro_batches.average_micro_batches(fn, carried, batch, num_micro_batches)
+    devices = distribution.device_mesh.backend_mesh.shape[distribution.batch_dim_name]
+
+    def split(structure):
+        return map_present(lambda t: t.reshape((devices, -1, *t.shape[1:])), structure)
+
+    def merge(structure):
+        return map_present(lambda t: t.reshape((-1, *t.shape[2:])), structure)
+
+    def run(carried, part):
+        carried, averaged, outputs = fn(carried, merge(part))
+        return carried, averaged, split(outputs)
+
+    carried, averaged, outputs = _micro_batches.average_micro_batches(
+        run, carried, split(batch), num_micro_batches, axis=1
+    )
+    return carried, averaged, merge(outputs)
 
 
 def dot(xs, ys):

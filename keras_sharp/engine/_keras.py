@@ -100,3 +100,49 @@ def data_adapter(x, y, sample_weight, batch_size):
 def has_mask(tensor):
     """Whether a layer has masked this prediction: the loss leaves some of it out."""
     return backend.get_keras_mask(tensor) is not None
+
+
+@contextlib.contextmanager
+def without_reduction(optimizer):
+    """Within, `optimizer.apply` takes gradients that are the same on all replicas.
+
+    On TensorFlow it would add them up over the replicas, after having clipped
+    the part of each replica by itself.
+    """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    attributes, name = vars(optimizer), "_all_reduce_sum_gradients"
+    attributes[name] = list  # It hides the method of the class.
+    try:
+        yield
+    finally:
+        attributes.pop(name, None)  # Replicas are threads: another one may have done it.
+
+
+def adds_up_metrics():
+    """Whether Keras adds up metrics over the processes of PyTorch: from 3.16 on it does."""
+    return keras.Model.get_metrics_result.__module__.endswith("torch.trainer")
+
+
+class StrategyTrainer:
+    """Repairs of what `TensorFlowTrainer` does on several replicas (Keras 3.15)."""
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Build from the batch of one replica: Keras averages them, which several workers can't."""
+        strategy = self.distribute_strategy
+        if strategy.num_replicas_in_sync == 1 or iterator is None:
+            return super()._maybe_symbolic_build(iterator, data_batch)
+        for _, _, batches in iterator:
+            batch = keras.tree.map_structure(
+                lambda t: None if t is None else strategy.experimental_local_results(t)[0],
+                next(batches),
+            )
+            break
+        with strategy.scope():
+            return build_symbolically(self, batch)
+
+    def _get_metrics_result_or_logs(self, logs):
+        """Metrics of all replicas: with logs beside them, Keras has the mean of each replica's."""
+        if self.distribute_strategy.num_replicas_in_sync == 1:
+            return super()._get_metrics_result_or_logs(logs)
+        own = {metric.name: metric.result() for metric in self.metrics if metric.name in logs}
+        return {**logs, **own, **self.get_metrics_result()}

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 
-def average_micro_batches(fn, carried, batch, num_micro_batches):
+def average_micro_batches(fn, carried, batch, num_micro_batches, axis=0):
     """Run `fn` on equal parts of a batch, one after the other.
 
     On JAX the loop is unrolled into one program. Measured on a CPU, the
@@ -15,26 +15,28 @@ def average_micro_batches(fn, carried, batch, num_micro_batches):
     Args:
         fn: `fn(carried, micro_batch) -> (carried, averaged, outputs)`.
         carried: what the first part receives, and each hands to the next.
-        batch: nested structure of tensors with a common first axis.
+        batch: nested structure of tensors that have `axis` in common.
         num_micro_batches: Integer, the number of parts. Their sizes differ
             by one example at most; a batch with fewer examples than parts
             has one part per example.
+        axis: Integer, the axis of the examples. Defaults to `0`.
 
     Returns:
         The last `carried`; the mean of `averaged` over the parts, weighted
         by their sizes; and the `outputs`, concatenated.
     """
-    size = next(t for t in keras.tree.flatten(batch) if t is not None).shape[0]
+    size = next(t for t in keras.tree.flatten(batch) if t is not None).shape[axis]
     quotient, remainder = divmod(size, num_micro_batches)
     total, outputs, start = None, [], 0
+    others = axis * (slice(None),)
     for i in range(min(num_micro_batches, size)):
         end = start + quotient + (i < remainder)
-        part = map_present(lambda t, a=start, b=end: t[a:b], batch)
+        part = map_present(lambda t, a=start, b=end: t[(*others, slice(a, b))], batch)
         carried, averaged, output = fn(carried, part)
         total = accumulate(total, averaged, (end - start) / size)
         outputs.append(output)
         start = end
-    outputs = keras.tree.map_structure(lambda *parts: ops.concatenate(parts), *outputs)
+    outputs = keras.tree.map_structure(lambda *parts: ops.concatenate(parts, axis), *outputs)
     return carried, total, outputs
 
 

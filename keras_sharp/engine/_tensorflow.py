@@ -5,23 +5,33 @@ import contextvars
 import keras
 import tensorflow as tf
 
-from keras_sharp.engine._keras import build_symbolically, global_seed
+from keras_sharp.engine._keras import (
+    StrategyTrainer,
+    build_symbolically,
+    global_seed,
+    without_reduction,
+)
 from keras_sharp.engine._micro_batches import accumulate, map_present
 
-#: Whether the step that is being traced will be compiled by XLA.
-_xla = contextvars.ContextVar("_xla", default=False)
+#: What XLA will compile of the step that is being traced: "step", each of its
+#: "passes" by itself, or nothing.
+_xla: contextvars.ContextVar[str | None] = contextvars.ContextVar("_xla", default=None)
 
 
 def value_and_gradient(fn, weights):
     """`(value, aux), gradient` of `fn(weights) -> (value, aux)`."""
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(weights)
-        value, aux = fn(weights)
-    gradient = tape.gradient(value, weights)
-    # Embeddings give IndexedSlices, in which a row may stand several times:
-    # they have no norm before their rows are added up.
-    gradient = [None if g is None else tf.convert_to_tensor(g) for g in gradient]
-    return (value, aux), gradient
+
+    def run(weights):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(weights)
+            value, aux = fn(weights)
+        gradient = tape.gradient(value, weights)
+        # Embeddings give IndexedSlices, in which a row may stand several times:
+        # they have no norm before their rows are added up.
+        gradient = [None if g is None else tf.convert_to_tensor(g) for g in gradient]
+        return (value, aux), gradient
+
+    return tf.function(run, jit_compile=True)(weights) if _xla.get() == "passes" else run(weights)
 
 
 def hessian(fn, w, *args):
@@ -97,7 +107,7 @@ def cond(condition, if_true, if_false):
 
 def run_either(condition, if_true, if_false, variables):
     """Run one of two functions that assign to some of `variables`."""
-    if _xla.get():
+    if _xla.get() == "step":
         # A conditional copies all that it may assign; choosing between the outcomes does not.
         old = _values(variables)
         if_true()
@@ -115,7 +125,23 @@ def run_either(condition, if_true, if_false, variables):
 
         return run
 
-    tf.cond(condition, branch(if_true), branch(if_false))
+    if not _merges_threads():
+        tf.cond(condition, branch(if_true), branch(if_false))
+        return
+
+    # The replicas are threads that meet to assign, which they cannot do inside
+    # of a conditional: one conditional around all of them. They agree on it.
+    def all_replicas(strategy, conditions, if_trues, if_falses):
+        def on_each(fns):
+            run = strategy.extended.call_for_each_replica
+            return branch(lambda: run(lambda fn: fn(), args=(fns,)))
+
+        first = strategy.experimental_local_results(conditions)[0]
+        tf.cond(first, on_each(if_trues), on_each(if_falses))
+
+    tf.distribute.get_replica_context().merge_call(
+        all_replicas, args=(condition, if_true, if_false)
+    )
 
 
 def _values(variables):
@@ -128,8 +154,58 @@ def _assign(variables, values):
 
 
 def apply(optimizer, gradients, variables):
-    """One step of the optimizer."""
-    optimizer.apply(gradients, variables)
+    """One step of the optimizer. On several replicas, all have the same gradients."""
+    if num_replicas() == 1:
+        optimizer.apply(gradients, variables)
+    else:
+        with without_reduction(optimizer):
+            optimizer.apply(gradients, variables)
+
+
+# Replicas: those of a `tf.distribute.Strategy`.
+
+
+def num_replicas():
+    """How many replicas share the training."""
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def _merges_threads():
+    return num_replicas() > 1 and not tf.__internal__.distribute.strategy_supports_no_merge_call()
+
+
+def broadcast(variables):
+    """Give every replica the values of the first one: the strategy has done so."""
+
+
+def loss_of_replica(loss):
+    """The loss of this replica by itself: Keras divides by the number of replicas."""
+    return loss * num_replicas()
+
+
+def mean_over_replicas(structure, size):
+    """The mean of a nested structure over all replicas, weighted by their `size`."""
+    leaves = keras.tree.flatten(structure)
+    present = [t for t in leaves if t is not None]
+    if num_replicas() == 1 or not present:
+        return structure
+    wide = [t if t.dtype == tf.float64 else tf.cast(t, tf.float32) for t in present]
+    *sums, total = tf.distribute.get_replica_context().all_reduce(
+        tf.distribute.ReduceOp.SUM,
+        [*(t * tf.cast(size, t.dtype) for t in wide), tf.cast(size, tf.float32)],
+    )
+    means = iter(
+        tf.cast(s / tf.cast(total, s.dtype), t.dtype) for s, t in zip(sums, present, strict=True)
+    )
+    return keras.tree.pack_sequence_as(
+        structure, [None if t is None else next(means) for t in leaves]
+    )
+
+
+def average_replicas(fn, carried, batch):
+    """Run `fn` on each replica on its batch, and average what is to be averaged."""
+    carried, averaged, outputs = fn(carried, batch)
+    return carried, mean_over_replicas(averaged, tf.shape(_first(batch))[0]), outputs
 
 
 def average_micro_batches(fn, carried, batch, num_micro_batches):
@@ -167,7 +243,7 @@ def dot(xs, ys):
 def _dot(x, y):
     if x.dtype not in (tf.float32, tf.float64):
         x, y = tf.cast(x, tf.float32), tf.cast(y, tf.float32)
-    if _xla.get():
+    if _xla.get() == "step":
         return _sum_in_parts(tf.reshape(x * y, (-1,)))
     # The fused kernel spares a pass through memory.
     return 2 * tf.nn.l2_loss(x) if x is y else tf.reduce_sum(x * y)
@@ -226,7 +302,8 @@ def compiled(fn):
 
 def global_seeds():
     """Variables outside the model that its random numbers may come from."""
-    return [global_seed()]
+    # Keras keeps one seed per thread. Replicas are threads, where none can be made any more.
+    return [] if _merges_threads() else [global_seed()]
 
 
 def random_state():
@@ -242,15 +319,87 @@ def check_layers(model):
     del model  # Every trainable Keras layer works.
 
 
-class Trainer:
+class Trainer(StrategyTrainer):
     """The glue into `TensorFlowTrainer`: the step is what `tf.function` traces."""
 
     model: keras.Model  # The wrapped one.
 
+    def make_train_function(self, force=False):
+        _check_scope(self)
+        if self._shares_variables():
+            _check_distribution(self)
+        return self._without_xla(super().make_train_function, force)
+
+    def make_test_function(self, force=False):
+        return self._without_xla(super().make_test_function, force)
+
+    def _shares_variables(self):
+        with self.distribute_strategy.scope():
+            return _merges_threads()
+
+    def _without_xla(self, make, force):
+        """XLA cannot compile a step whose variables lie on several devices, only its passes."""
+        compiled = self.jit_compile
+        self.jit_compile = compiled and not self._shares_variables()
+        try:
+            return make(force)
+        finally:
+            self.jit_compile = compiled
+
     def train_step(self, data):
         build_symbolically(self, data)
-        token = _xla.set(bool(self.jit_compile))
+        compiled = "passes" if _merges_threads() else "step"
+        token = _xla.set(compiled if self.jit_compile else None)
         try:
-            return self.sharpness_aware_step(data)
+            return _as_vectors(self.sharpness_aware_step(data))
         finally:
             _xla.reset(token)
+
+    def test_step(self, data):
+        return _as_vectors(super().test_step(data))
+
+
+def _as_vectors(logs):
+    """Several workers: Keras averages logs over their first axis, which scalars do not have."""
+    strategy = tf.distribute.get_strategy()
+    if (
+        not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        or len(strategy.extended.worker_devices) == strategy.num_replicas_in_sync
+    ):
+        return logs
+    return {name: tf.reshape(value, (1,)) for name, value in logs.items()}
+
+
+def _check_scope(wrapper):
+    """Refuse a model whose variables are not those of the strategy that trains it."""
+    inner, outer = (type(m.distribute_strategy).__name__ for m in (wrapper.model, wrapper))
+    if wrapper.model.distribute_strategy is not wrapper.distribute_strategy:
+        raise ValueError(
+            "A model and its wrapper must be made in the scope of the same tf.distribute.Strategy. "
+            f"Received: a model made in a {inner} and a wrapper made in a {outer}. Make both, and "
+            "compile, in `with strategy.scope():`."
+        )
+
+
+def _check_distribution(model):
+    """Refuse what Keras cannot do on several replicas."""
+    strategy = model.distribute_strategy
+    prefix = f"{type(strategy).__name__} with {strategy.num_replicas_in_sync} replicas cannot "
+    if model.steps_per_execution > 1:
+        raise ValueError(
+            f"{prefix}run several steps in one execution. Received: steps_per_execution="
+            f"{model.steps_per_execution}. Compile with steps_per_execution=1."
+        )
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if optimizer.use_ema and optimizer.ema_overwrite_frequency:
+        raise ValueError(
+            f"{prefix}overwrite weights with their averages in training. Received an optimizer "
+            f"with ema_overwrite_frequency={optimizer.ema_overwrite_frequency}. Leave it at None: "
+            "the averages are then written at the end of `fit`."
+        )
+    if optimizer.gradient_accumulation_steps:
+        raise ValueError(
+            f"{prefix}accumulate gradients. Received an optimizer with "
+            f"gradient_accumulation_steps={optimizer.gradient_accumulation_steps}. To save "
+            "memory, use larger batches and SharpnessAwareModel(num_micro_batches=...)."
+        )

@@ -3,9 +3,10 @@
 import keras
 import optree
 import torch
+import torch.distributed as dist
 
-from keras_sharp.engine._keras import all_layers, global_seed
-from keras_sharp.engine._micro_batches import average_micro_batches as average_micro_batches
+from keras_sharp.engine import _micro_batches
+from keras_sharp.engine._keras import adds_up_metrics, all_layers, global_seed
 
 
 def value_and_gradient(fn, weights):
@@ -102,6 +103,91 @@ def apply(optimizer, gradients, variables):
     """One step of the optimizer."""
     with torch.no_grad():
         optimizer.apply(gradients, variables)
+
+
+# Replicas: the processes of `torch.distributed`. What `DistributedDataParallel`
+# does is not relied on: its hooks do not fire for gradients at other weights
+# than the parameters.
+
+
+def num_replicas():
+    """How many processes share the training."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def broadcast(variables):
+    """Give every process the values of the first one."""
+    if num_replicas() > 1:
+        for variable in variables:
+            dist.broadcast(variable.value.detach(), src=0)
+
+
+def loss_of_replica(loss):
+    """The loss of this process by itself, as Keras computed it."""
+    return loss
+
+
+def mean_over_replicas(structure, size):
+    """The mean of a nested structure over all processes, weighted by their `size`."""
+    if num_replicas() == 1:
+        return structure
+    leaves = keras.tree.flatten(structure)
+    present = [t for t in leaves if t is not None]
+    if not present:
+        return structure
+    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in present]
+    *sums, total = _sum_over_replicas([*(t * size for t in wide), torch.as_tensor(size)])
+    means = iter([(s / total).to(t.dtype) for s, t in zip(sums, present, strict=True)])
+    return keras.tree.pack_sequence_as(
+        structure, [None if t is None else next(means) for t in leaves]
+    )
+
+
+def _sum_over_replicas(tensors):
+    """The sums over all processes, in one message, of float32 or float64."""
+    if not tensors:
+        return []
+    device = tensors[0].device
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    flat = torch.cat([t.reshape(-1).to(device, dtype) for t in tensors])
+    parts = _AllReduce.apply(flat).split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over all processes. Its derivative is the sum of their derivatives."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _AllReduce.apply(gradient)
+
+
+def average_replicas(fn, carried, batch):
+    """Run `fn` in each process on its batch, and average what is to be averaged."""
+    carried, averaged, outputs = fn(carried, batch)
+    return carried, mean_over_replicas(averaged, _size(batch)), outputs
+
+
+def average_micro_batches(fn, carried, batch, num_micro_batches):
+    """Run `fn` on equal parts of a batch: see `_micro_batches.py`."""
+    size = _size(batch)
+    if size < num_micro_batches and num_replicas() > 1:
+        raise ValueError(
+            "All processes must split their batches into as many parts, or they would wait for "
+            f"each other forever. Received: num_micro_batches={num_micro_batches} and a batch of "
+            f"{size} examples in process {dist.get_rank()}. Drop the last, partial batch."
+        )
+    return _micro_batches.average_micro_batches(fn, carried, batch, num_micro_batches)
+
+
+def _size(batch):
+    return next(t for t in keras.tree.flatten(batch) if t is not None).shape[0]
 
 
 def dot(xs, ys):
@@ -202,4 +288,26 @@ class Trainer:
     model: keras.Model  # The wrapped one.
 
     def train_step(self, data):
-        return self.sharpness_aware_step(data)
+        return self._with_metrics_of_all(self.sharpness_aware_step, data)
+
+    def test_step(self, data):
+        return self._with_metrics_of_all(super().test_step, data)
+
+    def _with_metrics_of_all(self, step, data):
+        """Run a step, and let the metrics of each process have seen the data of all."""
+        if num_replicas() == 1:
+            return step(data)
+        variables = [] if adds_up_metrics() else self.metrics_variables
+        before = [read(v).clone() for v in variables]
+        logs = step(data)
+        metrics = {m.name: m for m in self.metrics if m.name in logs}
+        results = {**self.get_metrics_result(), **metrics}
+        others = {k: torch.as_tensor(v) for k, v in logs.items() if k not in results}
+        new = [read(v) - old for v, old in zip(variables, before, strict=True)]
+        sums = _sum_over_replicas([*new, *others.values()])
+        for variable, old, total in zip(variables, before, sums, strict=False):
+            variable.assign(old + total.to(old.dtype))
+        means = [total / num_replicas() for total in sums[len(variables) :]]
+        logs.update(zip(others, means, strict=True))
+        logs.update({name: metric.result() for name, metric in metrics.items()})
+        return {**logs, **self.get_metrics_result()}

@@ -1,0 +1,48 @@
+"""One process of a training with backups, in which the second process may be killed.
+
+python -m tests.distributed.interrupted TOPOLOGY RANK PORTS FOLDER dies|lives
+"""
+
+import os
+import pathlib
+import signal
+import sys
+
+from tests.distributed.worker import Place, data, make
+
+EPOCHS = 3
+
+
+def main(topology, rank, ports, folder, fate):
+    place = Place(topology, rank, ports)
+    import keras
+    import numpy as np
+
+    class Killed(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.epoch = epoch
+
+        def on_train_batch_end(self, batch, logs=None):
+            if self.epoch == 1 and batch == 2 and place.rank == 1 and fate == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    folder = pathlib.Path(folder)
+    with place.scope():
+        wrapper = make("sam-global", place.seed())
+    x, y, batch_size = place.share(*data("sam-global"))
+    backup = keras.callbacks.BackupAndRestore(folder / f"backup_{rank}")
+    wrapper.fit(
+        x,
+        y,
+        batch_size=batch_size,
+        epochs=EPOCHS,
+        shuffle=False,
+        verbose=0,
+        callbacks=[backup, Killed()],
+    )
+    weights = [keras.ops.convert_to_numpy(v) for v in wrapper.model.weights]
+    np.savez(folder / f"{rank}.npz", *weights)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

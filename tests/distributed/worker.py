@@ -1,0 +1,306 @@
+"""One process of a distributed training: trains every case and writes down what came out.
+
+Run by `tests/test_distribution.py`, as many times as the topology has processes:
+
+    python -m tests.distributed.worker TOPOLOGY RANK PORTS FOLDER
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import sys
+
+BATCH = 16
+N = 80
+
+#: How many devices share a batch, in how many processes.
+TOPOLOGIES = {
+    "tensorflow": {"one_device": (1, 1), "mirrored": (2, 1), "workers": (2, 2)},
+    "jax": {"data_parallel": (4, 1), "model_parallel": (2, 1), "processes": (2, 2)},
+    "torch": {"processes": (2, 2), "ddp": (2, 2)},
+}
+METHODS = ("sam", "asam", "gsam", "adaptive_gsam", "bsam")
+
+#: What is trained: arguments of the wrapper; and of `train`, below.
+CASES = {
+    **{f"{m}-global": ({"method": m}, {}) for m in METHODS},
+    **{f"{m}-replica": ({"method": m, "perturbation_scope": "replica"}, {}) for m in METHODS},
+    "parts-global": ({"num_micro_batches": 2}, {}),
+    "parts-replica": ({"num_micro_batches": 2, "perturbation_scope": "replica"}, {}),
+    "second_order-global": ({}, {"second_order": True}),
+    "batchnorm-replica": ({"perturbation_scope": "replica"}, {"network": "batchnorm_net"}),
+    "batchnorm-global": ({}, {"network": "batchnorm_net"}),
+    "uneven-global": ({}, {"n": N - 3}),
+    "clipped-global": ({}, {"clipnorm": 0.05}),
+    "jit-global": ({}, {"jit_compile": True}),
+    "nan-global": ({}, {"bad_example": 20}),
+    "nan-replica": ({"perturbation_scope": "replica"}, {"bad_example": 20}),
+    "long-replica": ({"method": "bsam", "perturbation_scope": "replica"}, {"epochs": 10}),
+}
+#: Topologies whose code is that of another one train these only.
+FEW = ("sam-global", "gsam-global", "bsam-replica", "batchnorm-replica", "nan-replica")
+FEW += ("parts-global", "second_order-global", "long-replica")
+#: Most of the time goes into compiling: one training with an evaluation is enough.
+EVALUATED = ("sam-global", "uneven-global")
+
+
+#: Of these, the messages of a step are counted.
+COUNTED = ("sam-global", "sam-replica", "bsam-global", "bsam-replica", "parts-replica")
+
+
+def cases(backend, topology):
+    names = CASES if topology in ("mirrored", "data_parallel", "processes") else FEW
+    # A sharded batch of JAX must divide by the number of devices; only on TensorFlow
+    # is there something to see about XLA.
+    left_out = {"jax": ("uneven", "jit"), "tensorflow": (), "torch": ("jit",)}[backend]
+    return [name for name in names if not name.startswith(left_out)]
+
+
+def epochs_of(name):
+    """Twenty steps; five where the tests compute each by hand; fifty to see replicas drift."""
+    return CASES[name][1].get("epochs", 1 if "replica" in name else 4)
+
+
+def data(name):
+    from tests import models
+
+    x, y = models.classification(CASES[name][1].get("n", N))
+    bad = CASES[name][1].get("bad_example")
+    if bad is not None:
+        x[bad] = float("nan")
+    return x, y
+
+
+def make(name, seed=1):
+    """A compiled wrapper around a small network."""
+
+    import keras_sharp
+    from tests import models
+
+    arguments, options = CASES[name]
+    arguments = {"method": "sam", "extra_logs": ["grad_norm", "skipped_steps"], **arguments}
+    if options.get("second_order"):
+        arguments["method"] = keras_sharp.methods.SAM(second_order=True)
+    network = getattr(models, options.get("network", "mlp"))(outputs=3, seed=seed)
+    wrapper = keras_sharp.SharpnessAwareModel(network, **arguments)
+    compile_like_all(
+        wrapper, options.get("clipnorm"), jit_compile=options.get("jit_compile", "auto")
+    )
+    return wrapper
+
+
+def compile_like_all(wrapper, clipnorm=None, **kwargs):
+    import keras
+
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    wrapper.compile(sgd(global_clipnorm=clipnorm), loss, metrics=["accuracy"], **kwargs)
+
+
+def sgd(**kwargs):
+    import keras
+
+    return keras.optimizers.SGD(0.1, momentum=0.9, **kwargs)
+
+
+def fit(wrapper, x, y, batch_size=BATCH, epochs=1, evaluate=False):
+    """The logs of each epoch."""
+    kwargs = {"validation_data": (x, y)} if evaluate else {}
+    return wrapper.fit(
+        x, y, batch_size=batch_size, epochs=epochs, shuffle=False, verbose=0, **kwargs
+    ).history
+
+
+class Place:
+    """Where this process stands in its topology."""
+
+    def __init__(self, topology, rank, ports):
+        self.topology, self.rank, self.ports = topology, int(rank), ports.split(",")
+        self.backend = os.environ["KERAS_BACKEND"]
+        self.num_devices, self.num_processes = TOPOLOGIES[self.backend][topology]
+        self.strategy = None
+        getattr(self, f"_start_{self.backend}")()
+
+    def _start_tensorflow(self):
+        addresses = [f"127.0.0.1:{port}" for port in self.ports]
+        if self.topology == "workers":
+            task = {"type": "worker", "index": self.rank}
+            cluster = {"cluster": {"worker": addresses}, "task": task}
+            os.environ["TF_CONFIG"] = json.dumps(cluster)
+        import tensorflow as tf
+
+        if self.topology == "mirrored":
+            cpu = tf.config.list_physical_devices("CPU")[0]
+            logical = [tf.config.LogicalDeviceConfiguration()] * 2
+            tf.config.set_logical_device_configuration(cpu, logical)
+        distribute = tf.distribute
+        self.strategy = {
+            "one_device": lambda: distribute.OneDeviceStrategy("CPU:0"),
+            "mirrored": lambda: distribute.MirroredStrategy(["CPU:0", "CPU:1"]),
+            "workers": lambda: distribute.MultiWorkerMirroredStrategy(),
+        }[self.topology]()
+
+    def _start_jax(self):
+        import jax
+        import keras
+
+        keras_distribution = keras.distribution
+        if self.topology == "processes":
+            address = f"127.0.0.1:{self.ports[0]}"
+            keras_distribution.initialize(address, num_processes=2, process_id=self.rank)
+        else:
+            jax.config.update("jax_num_cpu_devices", 4)
+        if self.topology == "model_parallel":
+            devices = keras_distribution.list_devices()
+            mesh = keras_distribution.DeviceMesh((2, 2), ("batch", "model"), devices)
+            layout = keras_distribution.LayoutMap(mesh)
+            layout[".*first.*kernel"] = (None, "model")
+            distribution = keras_distribution.ModelParallel(
+                layout_map=layout, batch_dim_name="batch"
+            )
+        else:
+            distribution = keras_distribution.DataParallel(auto_shard_dataset=False)
+        keras_distribution.set_distribution(distribution)
+
+    def _start_torch(self):
+        import torch.distributed as dist
+
+        address = f"tcp://127.0.0.1:{self.ports[0]}"
+        dist.init_process_group("gloo", init_method=address, rank=self.rank, world_size=2)
+
+    def scope(self):
+        return self.strategy.scope() if self.strategy else contextlib.nullcontext()
+
+    def share(self, x, y):
+        """What this process passes to `fit`: data, and the size of its batches."""
+        if self.num_processes == 1 or self.backend == "tensorflow":
+            return x, y, BATCH
+        import numpy as np
+
+        batches = [range(i, min(i + BATCH, len(x))) for i in range(0, len(x), BATCH)]
+        mine = np.concatenate([np.array_split(b, self.num_processes)[self.rank] for b in batches])
+        return x[mine], y[mine], BATCH // self.num_processes
+
+    def seed(self):
+        """PyTorch processes begin with different weights, to see that they are made equal."""
+        return 1 + self.rank if self.backend == "torch" else 1
+
+    def values(self, variable):
+        """The values that the replicas of this process hold, as arrays."""
+        import keras
+
+        if self.topology == "mirrored":
+            return [v.numpy() for v in self.strategy.experimental_local_results(variable.value)]
+        return [keras.ops.convert_to_numpy(variable)]
+
+
+def messages_jax(wrapper, x, y):
+    """How many numbers each all-reduce of the compiled step adds up."""
+    import re
+
+    import jax
+    import keras
+
+    distribution = keras.distribution.distribution()
+    data = [jax.device_put(a, distribution.get_data_layout(a.shape).backend_layout) for a in (x, y)]
+    groups = (
+        wrapper.trainable_variables,
+        wrapper.non_trainable_variables,
+        wrapper.optimizer.variables,
+        wrapper.metrics_variables,
+    )
+    state = tuple([v.value for v in group] for group in groups)
+    program = jax.jit(wrapper.train_step).lower(state, tuple(data)).compile().as_text()
+    sizes = []
+    for shapes in re.findall(r"= (.*?) all-reduce(?:-start)?\(", program):
+        dimensions = re.findall(r"\w\d+\[([\d,]*)\]", shapes)
+        sizes.append(sum(math.prod(int(n) for n in d.split(",") if n) for d in dimensions))
+    return sizes
+
+
+def messages_torch(wrapper, x, y):
+    """How many numbers each all-reduce of a step adds up."""
+    import torch.distributed as dist
+
+    all_reduce, sizes = dist.all_reduce, []
+
+    def recorded(tensor, *args, **kwargs):
+        sizes.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = recorded
+    wrapper.train_on_batch(x, y)
+    dist.all_reduce = all_reduce
+    return sizes
+
+
+#: What Keras cannot do on several replicas: arguments of `compile`, and of the optimizer.
+REFUSED = ("steps_per_execution", "gradient_accumulation_steps", "ema_overwrite_frequency")
+
+
+def refusals(place):
+    """The error messages."""
+    messages = []
+    for name in REFUSED:
+        with place.scope():
+            wrapper = make("sam-global")
+            if name == "steps_per_execution":
+                wrapper.compile("sgd", wrapper.loss, steps_per_execution=2)
+            else:
+                optimizer = sgd(use_ema="ema" in name, **{name: 2})
+                wrapper.compile(optimizer, wrapper.loss)
+        try:
+            fit(wrapper, *data("sam-global"))
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+MESSAGES = {("jax", "data_parallel"): messages_jax, ("torch", "processes"): messages_torch}
+
+
+def main(topology, rank, ports, folder):
+    place = Place(topology, rank, ports)
+    import keras
+    import numpy as np
+
+    folder, written = pathlib.Path(folder), {}
+
+    def write(name, wrapper, history):
+        variables = [*wrapper.model.weights, *wrapper.optimizer.variables, wrapper.skipped_steps]
+        for i, variable in enumerate(variables):
+            for j, value in enumerate(place.values(variable)):
+                written[f"{name}/{i}/{place.rank + j}"] = np.array(value)
+        for key, numbers in history.items():
+            written[f"{name}/{key}/{place.rank}"] = np.array(numbers)
+
+    for name in cases(place.backend, topology):
+        with place.scope():
+            wrapper = make(name, place.seed())
+        if topology == "ddp":  # It is not used, but its hooks are there.
+            import torch
+
+            torch.nn.parallel.DistributedDataParallel(wrapper)
+        options = {"epochs": epochs_of(name), "evaluate": name in EVALUATED}
+        history = fit(wrapper, *place.share(*data(name)), **options)
+        write(name, wrapper, history)
+        if name == "sam-global":  # All processes of JAX must take part in saving.
+            wrapper.save(folder / f"from_many_{place.rank}.keras")
+        count = MESSAGES.get((place.backend, topology))
+        if count and name in COUNTED:
+            x, y, size = place.share(*data(name))
+            written[f"{name}/messages/{rank}"] = np.array(count(wrapper, x[:size], y[:size]))
+
+    if topology == "mirrored":
+        written["refusals"] = np.array(refusals(place))
+
+    # Goes on where one device stopped.
+    with place.scope():
+        wrapper = keras.saving.load_model(folder / "from_one.keras")
+    write("continued", wrapper, fit(wrapper, *place.share(*data("sam-global")), epochs=2))
+    np.savez(folder / f"{place.rank}.npz", **written)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
