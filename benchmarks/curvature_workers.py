@@ -198,22 +198,28 @@ def torch_network(problem):
 def _ours(problem):
     import keras
 
-    from keras_sharp import curvature
+    from keras_sharp import curvature, engine
     from keras_sharp.surface import LossSurface
 
     model, x, y = keras_network(keras), problem["x"], problem["y"]
     for layer in model.layers:
         layer.set_weights([problem[f"{layer.name}_{i}"] for i in range(len(layer.get_weights()))])
+    # The bare gradient, without what LossSurface does around it, as that of the peers.
     surface = LossSurface(model, x, y, batch_size=EXAMPLES)
-    w = surface.weights
+    w, state, (batch,) = surface.weights, surface.state, surface.batches()
+    value_and_gradient = engine.compiled(
+        lambda w, state, batch: engine.value_and_gradient(
+            lambda v: surface.batch_loss(v, state, batch), w
+        )
+    )
     hessian = curvature.HessianOperator(model, x, y)
     anew = curvature.HessianOperator(model, x, y, batch_size=EXAMPLES // 2)
     gauss_newton = curvature.GaussNewtonOperator(model, x, y)
     v = np.random.default_rng(0).standard_normal(hessian.size).astype("float32")
 
     def gradient(seed):
-        norm = surface.loss_and_gradient(w).gradient.norm
-        keras.ops.convert_to_numpy(norm)  # Waits for it.
+        (loss, _), _ = value_and_gradient(w, state, batch)
+        keras.ops.convert_to_numpy(loss)  # Waits for it.
 
     def linearize(seed):
         hessian.refresh()

@@ -10,6 +10,7 @@ from keras import layers, ops
 import keras_sharp
 from keras_sharp import curvature, engine
 from keras_sharp.curvature import products
+from keras_sharp.curvature.lanczos import Lanczos
 from keras_sharp.surface import LossSurface
 from tests import models, oracles
 from tests.models import BACKEND
@@ -94,8 +95,19 @@ def test_residuals_bound_the_errors_and_are_as_small_as_asked_for(tol, which):
 
 
 def test_eigenvectors_are_orthonormal():
-    found = curvature.eigenvalues(like_a_network(), k=5, return_vectors=True)
-    np.testing.assert_allclose(found.vectors.T @ found.vectors, np.eye(5), atol=1e-12)
+    matrix = with_eigenvalues(10.0 ** -np.linspace(0, 8, 50))
+    found = curvature.eigenvalues(matrix, k=50, return_vectors=True)
+    np.testing.assert_allclose(found.vectors.T @ found.vectors, np.eye(50), atol=1e-13)
+
+
+def test_a_direction_that_is_dropped_counts_as_an_error():
+    matrix = Matrix([[1.0, 1e-14, 0.0], [1e-14, 2.0, 0.0], [0.0, 0.0, 3.0]])
+    lanczos = Lanczos(matrix, np.eye(3)[0], np.random.default_rng(0), 3)
+    lanczos.step()
+    assert lanczos.broke_down
+    values, residuals, _ = lanczos.ritz()
+    assert values == [1.0]
+    assert 1e-14 <= residuals[0] < 2e-14
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -702,9 +714,11 @@ def test_for_a_linear_model_gauss_newton_is_the_hessian(mode):
     model = keras.Model(inputs, outputs)
     model.compile("sgd", {"small": "mse", "big": "mse"}, loss_weights={"small": 2.0, "big": 1.0})
     hessian = dense(curvature.HessianOperator(model, x, y))
+    trackers = models.values(model.metrics_variables)
     np.testing.assert_allclose(
         dense(curvature.GaussNewtonOperator(model, x, y)), hessian, atol=1e-6
     )
+    models.assert_same(models.values(model.metrics_variables), trackers, bits=True)
 
 
 def masked():

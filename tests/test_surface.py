@@ -172,6 +172,15 @@ def test_frozen_weights_are_not_among_them():
     np.testing.assert_allclose(surface.loss(surface.weights), evaluate(model, *SMALL), rtol=1e-5)
 
 
+def test_scales_of_float8_layers_which_have_no_gradient_are_not_among_them():
+    model = models.mlp()
+    scale = model.layers[0].bias
+    scale.overwrite_with_gradient = True
+    surface = LossSurface(compiled(model), *SMALL)
+    assert len(surface.variables) == 3
+    assert all(v is not scale for v in surface.variables)
+
+
 # The data
 
 
