@@ -28,7 +28,7 @@ class CountsSteps(methods.Method):
 
 
 @keras.saving.register_keras_serializable(package="tests")
-class Remembers(CountsSteps):
+class Counting(CountsSteps):
     def get_config(self):
         return {}
 
@@ -233,8 +233,8 @@ SWITCHES = {
     "sam_to_plain": (lambda: SAM(rho=0.3), lambda: None),
     # With variables of the same shapes, which JAX does not compile anew by itself.
     "sam_to_asam": (lambda: SAM(rho=0.3), lambda: ASAM(rho=3.0)),
-    "bsam_to_memory": (lambda: BSAM(rho=0.3), Remembers),
-    "memory_to_gsam": (Remembers, lambda: GSAM(rho=0.3, alpha=0.3)),
+    "bsam_to_memory": (lambda: BSAM(rho=0.3), Counting),
+    "memory_to_gsam": (Counting, lambda: GSAM(rho=0.3, alpha=0.3)),
 }
 
 
@@ -258,7 +258,7 @@ def check_switch(first, second):
     assert kinds[0] == kinds[1]
     # It made a difference.
     last = fit(alone, 1)["loss"]
-    if Remembers not in (first, second):
+    if Counting not in (first, second):
         assert abs(last[0] - second_loss[0]) > 1e-4 * second_loss[0]
 
 
@@ -329,7 +329,7 @@ def test_the_method_may_be_set_before_training(built):
     model = wrap("sam", models.linear if built else models.Subclassed)
     if built:
         model.build((None, 3))  # Keras locks the variables of a layer here.
-    model.method = Remembers()
+    model.method = Counting()
     model.train_on_batch(*models.regression())
     np.testing.assert_array_equal(values(model.method_state), [[1, 1]])
     own = [v.name for v in model.variables[: -len(model.model.variables)]]
@@ -345,7 +345,7 @@ def test_a_method_that_does_not_exist_leaves_the_old_one():
 
 
 @AS_WRITTEN
-@pytest.mark.parametrize("method", [None, "bsam", Remembers()], ids=["plain", "bsam", "memory"])
+@pytest.mark.parametrize("method", [None, "bsam", Counting()], ids=["plain", "bsam", "memory"])
 def test_a_switched_model_is_saved_with_its_method(method, tmp_path):
     model = wrap("gsam", models.batchnorm_net)
     fit(model, 2, [SwitchMethod({1: method})])

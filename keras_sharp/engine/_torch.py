@@ -297,7 +297,9 @@ class Trainer:
         """Run a step, and let the metrics of each process have seen the data of all."""
         if num_replicas() == 1:
             return step(data)
-        variables = [] if adds_up_metrics() else self.metrics_variables
+        # Keras may know how to do so, but not for those of the wrapper itself.
+        done = {id(m) for m in self.model.metrics} if adds_up_metrics() else ()
+        variables = [v for m in self.metrics if id(m) not in done for v in m.variables]
         before = [read(v).clone() for v in variables]
         logs = step(data)
         metrics = {m.name: m for m in self.metrics if m.name in logs}

@@ -51,7 +51,8 @@ COUNTED = ("sam-global", "sam-replica", "bsam-global", "bsam-replica", "parts-re
 
 
 def cases(backend, topology):
-    names = CASES if topology in ("mirrored", "data_parallel", "processes") else FEW
+    all_cases = {"tensorflow": "mirrored", "jax": "data_parallel", "torch": "processes"}
+    names = CASES if topology == all_cases[backend] else FEW
     # A sharded batch of JAX must divide by the number of devices; only on TensorFlow
     # is there something to see about XLA.
     left_out = {"jax": ("uneven", "jit"), "tensorflow": (), "torch": ("jit",)}[backend]
