@@ -171,7 +171,13 @@ def num_replicas():
 
 
 def _merges_threads():
-    return num_replicas() > 1 and not tf.__internal__.distribute.strategy_supports_no_merge_call()
+    """Whether replicas are threads. In MirroredStrategy even a single one is."""
+    strategy = tf.distribute.get_strategy()
+    return (
+        tf.distribute.has_strategy()
+        and not isinstance(strategy, tf.distribute.OneDeviceStrategy)
+        and not tf.__internal__.distribute.strategy_supports_no_merge_call()
+    )
 
 
 def broadcast(variables):
