@@ -84,6 +84,7 @@ class _Operator:
         """`operator @ v` for a vector, or a matrix of columns, which are taken one by one."""
         other = np.asarray(other)
         if other.ndim == 2:
+            # Measured on a CPU: with `jax.vmap`, five at once cost as much as five products.
             return np.stack([self.matvec(column) for column in other.T], axis=1)
         return self.matvec(other)
 
