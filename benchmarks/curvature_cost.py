@@ -18,9 +18,10 @@ Method:
 - `gradients` is the median over the rounds of item / gradient, both of the same worker and round;
   the smallest and the largest follow. Gradients differ from framework to framework: look at the CPU
   time as well.
-- `linearize` is the one pass that the products of keras_sharp share, and two evaluations of the
-  loss that check it; `product_anew` is the product with several batches, which repeats the pass
-  each time and keeps nothing. What the peers need to set up is in their figures.
+- The products of keras_sharp share one pass through the network; `first_product` is that pass, two
+  evaluations of the loss that check it, and one product. `product_anew` is a product with several
+  batches, which repeats the pass each time and keeps nothing. The other figures of keras_sharp are
+  without the pass, those of the peers with all that they set up.
 - Seeds are the numbers of the rounds. `products` and `error`, of the worst eigenvalue, are the
   largest of all rounds.
 

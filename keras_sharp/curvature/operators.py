@@ -84,6 +84,7 @@ class _Operator:
         """`operator @ v` for a vector, or a matrix of columns, which are taken one by one."""
         other = np.asarray(other)
         if other.ndim == 2:
+            # Measured on a CPU: with `jax.vmap`, five at once cost as much as five products.
             return np.stack([self.matvec(column) for column in other.T], axis=1)
         return self.matvec(other)
 
@@ -112,12 +113,13 @@ class HessianOperator(_Operator):
     ```
 
     The matrix is never formed. Its weights are those that the model has now;
-    `refresh` moves on to later ones. The model is left as it is. With one
-    batch of data the forward pass is done once, and each product costs about
-    two gradients; the activations of the network stay in memory. With several
-    batches each product repeats the forward pass, at about three gradients,
-    and holds one batch in memory at a time: a smaller `batch_size` saves
-    memory. The result is the same.
+    `refresh` moves on to later ones. The model is left as it is.
+
+    With one batch of data the forward pass is done once, and each product
+    costs about two gradients; what the pass computes stays in memory. With
+    several batches each product repeats the pass, at close to three
+    gradients, and memory holds one batch at a time. So a `batch_size` below
+    the number of examples saves memory. The result is the same.
 
     Vectors are flat NumPy arrays. SciPy's solvers take the operator as well,
     through `scipy.sparse.linalg.aslinearoperator`.
