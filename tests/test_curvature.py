@@ -784,3 +784,29 @@ def test_more_eigenvalues_than_weights_are_refused(monkeypatch):
     net = oracles.Mlp()
     with pytest.raises(ValueError, match=r"Received: k=39\. Expected a `k` up to"):
         curvature.eigenvalues(twin(net), *data(net), k=39)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="attention of other backends is differentiable")
+def test_attention_is_differentiated_twice():
+    """The fast kernels of PyTorch are not: its own ones must be asked for."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4, 3))
+    attended = layers.MultiHeadAttention(num_heads=1, key_dim=2, flash_attention=None)(
+        inputs, inputs
+    )
+    model = keras.Model(inputs, layers.Dense(1)(attended[:, 0]))
+    model.compile("sgd", "mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 4, 3)).astype("float32"), rng.normal(size=(6, 1))
+    hessian = curvature.HessianOperator(model, x, y)
+    v = [ops.convert_to_tensor(rng.normal(size=w.shape), "float32") for w in hessian.variables]
+    surface = LossSurface(model, x, y)
+    gradients = [
+        surface.loss_and_gradient(
+            [w + h * d for w, d in zip(surface.weights, v, strict=True)]
+        ).gradient
+        for h in (1e-2, -1e-2)
+    ]
+    for product, plus, minus in zip(hessian.product(v), *gradients, strict=True):
+        expected = (ops.convert_to_numpy(plus) - ops.convert_to_numpy(minus)) / 2e-2
+        np.testing.assert_allclose(ops.convert_to_numpy(product), expected, atol=2e-2)
