@@ -41,7 +41,7 @@ def preprocess_fit(model, arguments):
     if not preprocesses(model):
         return arguments
     arguments = dict(arguments)
-    data = tuple(arguments[name] for name in _DATA)
+    data = arguments["x"], arguments["y"], arguments["sample_weight"]
     batch_size, split = arguments["batch_size"], arguments.pop("validation_split")
     validation_data = arguments["validation_data"]
     if validation_data is not None:
@@ -51,9 +51,9 @@ def preprocess_fit(model, arguments):
     if validation_data is not None:
         size = arguments["validation_batch_size"] or batch_size
         arguments["validation_data"] = preprocess_data(model, *validation_data, size)
-    data = preprocess_data(model, *data, batch_size, arguments["shuffle"])
+    x, y, sample_weight = preprocess_data(model, *data, batch_size, arguments["shuffle"])
     # Keras would shuffle the batches; `Preprocessed` shuffles the examples.
-    return {**arguments, **dict(zip(_DATA, data, strict=True)), "shuffle": False}
+    return {**arguments, "x": x, "y": y, "sample_weight": sample_weight, "shuffle": False}
 
 
 def preprocess_data(model, x, y=None, sample_weight=None, batch_size=None, shuffle=False):
@@ -134,9 +134,6 @@ class Preprocessed(keras.utils.PyDataset):
         chosen = self._order[start : start + self.batch_size]
         batch = _preprocess(self.model, _map_leaves(lambda a: a[chosen], self._data))
         return tuple(part for i, part in enumerate(batch) if i == 0 or part is not None)
-
-
-_DATA = ("x", "y", "sample_weight")
 
 
 def _preprocess(model, batch):

@@ -1,7 +1,8 @@
 """A task of KerasHub preprocesses what `fit` is given; wrapped, it does just the same.
 
-Tasks and preprocessors are those of KerasHub, with tiny networks inside. What the wrapper does is compared with what the
-methods of the task do, on raw data: images of 0..255, and strings.
+Tasks and preprocessors are those of KerasHub, with tiny networks inside. What the wrapper
+does is compared with what the methods of the task do, on raw data: images of 0..255, and
+strings.
 """
 
 import keras
@@ -19,7 +20,7 @@ RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (10, 8, 8, 3)).astype("uint8")
 Y = RNG.integers(0, 3, 10)
 WEIGHTS = RNG.uniform(0.1, 2.0, 10).astype("float32")
-WORDS = "the cat sat on mat a dog ran in fog".split()
+WORDS = ["the", "cat", "sat", "on", "mat", "a", "dog", "ran", "in", "fog"]
 TEXTS = np.array([" ".join(RNG.choice(WORDS, 5)) for _ in range(10)])
 NOT_SHUFFLED = {"batch_size": 5, "epochs": 2, "shuffle": False, "verbose": 0}
 
@@ -231,7 +232,7 @@ def test_a_method_trains_on_preprocessed_data(kind, num_micro_batches):
 
 
 def test_too_many_micro_batches_for_the_batch_are_refused():
-    with pytest.raises(ValueError, match="larger than the batch.*a batch of 4"):
+    with pytest.raises(ValueError, match=r"larger than the batch.*a batch of 4"):
         wrap(image_task(), num_micro_batches=5).fit(X, Y, batch_size=4, verbose=0)
 
 
@@ -340,5 +341,5 @@ def test_a_task_with_a_fit_of_its_own_is_refused():
 
     task = image_task()
     task.__class__ = OwnFit
-    with pytest.raises(ValueError, match="`fit` of its own.*the class OwnFit"):
+    with pytest.raises(ValueError, match=r"`fit` of its own.*the class OwnFit"):
         SharpnessAwareModel(task)
