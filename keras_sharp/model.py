@@ -323,12 +323,12 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
     ):
         """The loss and the metrics of the wrapped model, as `keras.Model.evaluate` does."""
         if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has preprocessed it already.
-            x, y, sample_weight = preprocess_data(self.model, x, y, sample_weight, batch_size)
+            x, y, sample_weight = preprocess_data(self.model, (x, y, sample_weight), batch_size)
         return super().evaluate(x, y, batch_size, verbose, sample_weight, *args, **kwargs)
 
     def predict(self, x, batch_size=None, *args, **kwargs):
         """The predictions of the wrapped model, as `keras.Model.predict` does."""
-        x, _, _ = preprocess_data(self.model, x, batch_size=batch_size)
+        x, _, _ = preprocess_data(self.model, (x, None, None), batch_size)
         return super().predict(x, batch_size, *args, **kwargs)
 
     def train_on_batch(self, x, y=None, sample_weight=None, *args, **kwargs):

@@ -50,22 +50,21 @@ def preprocess_fit(model, arguments):
         data, validation_data = _split(data, split)
     if validation_data is not None:
         size = arguments["validation_batch_size"] or batch_size
-        arguments["validation_data"] = preprocess_data(model, *validation_data, size)
-    x, y, sample_weight = preprocess_data(model, *data, batch_size, arguments["shuffle"])
+        arguments["validation_data"] = preprocess_data(model, validation_data, size)
+    x, y, sample_weight = preprocess_data(model, data, batch_size, arguments["shuffle"])
     # Keras would shuffle the batches; `Preprocessed` shuffles the examples.
     return {**arguments, "x": x, "y": y, "sample_weight": sample_weight, "shuffle": False}
 
 
-def preprocess_data(model, x, y=None, sample_weight=None, batch_size=None, shuffle=False):
+def preprocess_data(model, data, batch_size=None, shuffle=False):
     """Data that a model may be called with, from data for its `fit`.
 
     Args:
         model: a `keras.Model`.
-        x: what `model.fit` takes. To be preprocessed, it must be an array, a
-            list of strings or numbers, a tuple or dictionary of these, or a
-            `tf.data.Dataset`.
-        y: the targets, likewise. Defaults to `None`.
-        sample_weight: the weights of the examples, likewise.
+        data: the triple `(x, y, sample_weight)`, which `model.fit` takes. To
+            be preprocessed, these must be arrays, lists of strings or
+            numbers, tuples or dictionaries of these, or `None`; or `x` is a
+            `tf.data.Dataset` and the others are `None`.
         batch_size: Integer. Defaults to `None`, the 32 of Keras.
         shuffle: Boolean, whether arrays are read in a new order each time.
             Defaults to `False`. A data set has an order of its own.
@@ -79,11 +78,12 @@ def preprocess_data(model, x, y=None, sample_weight=None, batch_size=None, shuff
             differ in length.
     """
     if not preprocesses(model):
-        return x, y, sample_weight
+        return data
+    x, y, sample_weight = data
     if hasattr(x, "element_spec"):  # tf.data
         # -1: as many threads and batches ahead as tf.data thinks best.
         return x.map(model.preprocess_samples, num_parallel_calls=-1).prefetch(-1), y, sample_weight
-    return Preprocessed(model, (x, y, sample_weight), batch_size or 32, shuffle), None, None
+    return Preprocessed(model, data, batch_size or 32, shuffle), None, None
 
 
 def preprocess_batch(model, x, y=None, sample_weight=None):
@@ -91,7 +91,7 @@ def preprocess_batch(model, x, y=None, sample_weight=None):
 
     Args:
         model: a `keras.Model`.
-        x: the inputs, as `preprocess_data` takes them, but for data sets.
+        x: the inputs: an array, a list, or a tuple or dictionary of these.
         y: the targets, likewise. Defaults to `None`.
         sample_weight: the weights of the examples, likewise.
 

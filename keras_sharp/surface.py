@@ -358,7 +358,7 @@ def _open(model, x, y, sample_weight, batch_size):
             "There are no data: `x` is empty. Expected at least one example. Received: "
             f"x of type {type(x).__name__}"
         )
-    x, y, sample_weight = preprocess_data(model, x, y, sample_weight, batch_size)
+    x, y, sample_weight = preprocess_data(model, (x, y, sample_weight), batch_size)
     data = engine.data_adapter(x, y, sample_weight, batch_size)
     endless = hasattr(x, "num_batches") or (
         hasattr(x, "cardinality") and int(x.cardinality()) == _INFINITE

@@ -52,7 +52,7 @@ class Probe(keras.callbacks.Callback):
         self.history = {"epoch": [], **{name: [] for name in self.names}}
         if not self.model.built:  # On TensorFlow, `fit` builds a model in the first step.
             model = self.model.model if isinstance(self.model, engine.Trainer) else self.model
-            x, y, sample_weight = preprocess_data(model, *self.data)
+            x, y, sample_weight = preprocess_data(model, self.data)
             for batch in engine.data_adapter(x, y, sample_weight, 1).get_numpy_iterator():
                 engine.build_symbolically(self.model, keras.utils.unpack_x_y_sample_weight(batch))
                 break
