@@ -58,7 +58,7 @@ def _from_file_or_network(name):
             with np.load(path) as z:
                 arrays = (z["x_train"], z["y_train"]), (z["x_test"], z["y_test"])
             return f"from {path.name}", arrays
-    if _is_online():
+    if is_online():
         return "downloaded by keras.datasets", getattr(keras.datasets, name).load_data()
     return None
 
@@ -73,10 +73,10 @@ def _from_digits():
     return "of scikit-learn", ((images[:1400], labels[:1400]), (images[1400:], labels[1400:]))
 
 
-def _is_online():
-    """Whether the server of keras.datasets answers; a download would wait much longer."""
+def is_online(host="storage.googleapis.com"):
+    """Whether a server answers; a download would wait much longer."""
     try:
-        socket.create_connection(("storage.googleapis.com", 443), timeout=3).close()
+        socket.create_connection((host, 443), timeout=3).close()
     except OSError:
         return False
     return True
