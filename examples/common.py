@@ -53,6 +53,24 @@ def progress(title):
     return keras.callbacks.LambdaCallback(on_epoch_end=on_epoch_end)
 
 
+def accelerator():
+    """`"gpu"`, `"tpu"`, or `None` if the backend has only CPUs."""
+    import keras
+
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return "gpu" if torch.cuda.is_available() else None
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return None if jax.default_backend() == "cpu" else jax.default_backend()
+    import tensorflow as tf
+
+    kinds = [device.device_type.lower() for device in tf.config.list_logical_devices()]
+    return next((kind for kind in kinds if kind in ("gpu", "tpu")), None)
+
+
 def save(figure, path):
     """Save a picture, and say where."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

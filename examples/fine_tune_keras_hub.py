@@ -93,7 +93,9 @@ def picture(histories, test, logits):
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.5])
     axes = left.subplots()
     for name, history in histories.items():
-        axes.plot(range(1, args.epochs + 1), history.history["val_accuracy"], label=name)
+        axes.plot(
+            range(1, args.epochs + 1), history.history["val_accuracy"], "o-", ms=3, label=name
+        )
     axes.set(xlabel="epoch", title="test accuracy, five new classes")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -118,7 +118,7 @@ def picture(histories, network, test_data):
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for axes, key in ((left, "val_accuracy"), (middle, "val_loss")):
         for name, history in histories.items():
-            axes.plot(range(1, args.epochs + 1), history[key], label=name)
+            axes.plot(range(1, args.epochs + 1), history[key], "o-", ms=3, label=name)
         axes.set(xlabel="epoch", title=key.replace("val_", "test "))
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False)
