@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_sharp import engine, vectors
 from keras_sharp.objective import Evaluation, compute_loss
+from keras_sharp.preprocessing import preprocess_data
 from keras_sharp.weights import is_overwritten
 
 
@@ -37,6 +38,9 @@ class LossSurface:
             stands for, such as `model.layers[0].trainable_variables`; the
             others stay as they are. Defaults to `None`, all of them.
 
+    The data are those that the `fit` of the model takes: a task of KerasHub
+    preprocesses them, each time they are read.
+
     Raises:
         ValueError: if the model is not compiled or not built, or has no
             trainable weights; if there are no data, or no end to them; if
@@ -63,7 +67,7 @@ class LossSurface:
         chosen = {id(v) for v in self.variables}
         self._others = [v for v in self.model.variables if id(v) not in chosen]
         self._others += engine.global_seeds()
-        self._data = _open(x, y, sample_weight, batch_size)
+        self._data = _open(self.model, x, y, sample_weight, batch_size)
         #: How many batches the last evaluation took.
         self.num_batches = 0
         self._works = False  # So far, no batch has been evaluated.
@@ -352,7 +356,7 @@ def _choose(model, variables):
     return [v for v in possible if id(v) in chosen]
 
 
-def _open(x, y, sample_weight, batch_size):
+def _open(model, x, y, sample_weight, batch_size):
     """The adapter through which Keras would read these data."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be an integer >= 1. Received: batch_size={batch_size}")
@@ -368,6 +372,7 @@ def _open(x, y, sample_weight, batch_size):
             "There are no data: `x` is empty. Expected at least one example. Received: "
             f"x of type {type(x).__name__}"
         )
+    x, y, sample_weight = preprocess_data(model, (x, y, sample_weight), batch_size)
     data = engine.data_adapter(x, y, sample_weight, batch_size)
     endless = hasattr(x, "num_batches") or (
         hasattr(x, "cardinality") and int(x.cardinality()) == _INFINITE

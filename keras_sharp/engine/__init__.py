@@ -4,7 +4,7 @@ Each engine file provides the same few names:
 
 | name | meaning |
 |---|---|
-| `value_and_gradient(fn, w, ...)` | `fn(w) -> (scalar, aux)`, and the gradient; may be nested |
+| `value_and_gradient(fn, w, averages)` | `fn(w) -> (scalar, aux)`, and the gradient; nestable |
 | `hessian(fn, w, ...)`, `gauss_newton(...)` | products with a matrix of second derivatives |
 | `linearized(matrix, fn)` | these products, with one forward pass for all of them |
 | `read(variable)` | the value of a variable, as a tensor |

@@ -65,7 +65,6 @@ def cases(backend, topology):
     # A sharded batch of JAX must divide by the number of devices; only on TensorFlow
     # is there something to see about XLA.
     left_out = {"jax": ("uneven", "jit"), "tensorflow": (), "torch": ("jit",)}[backend]
-    if "DIST" in os.environ:
     return [name for name in names if not name.startswith(left_out)]
 
 
