@@ -87,7 +87,7 @@ class Launcher:
         try:
             with Processes(command, number, self._folder / topology) as processes:
                 self._running.append(processes)
-                codes = processes.wait(timeout=400)
+                codes = processes.wait(timeout=600)
         finally:
             self._cores.release(number)
         if codes != [0] * number:
@@ -280,13 +280,13 @@ def test_when_a_process_is_killed_the_other_ends_and_a_backup_goes_on(tmp_path):
         return Processes(command, 2, tmp_path)
 
     with processes("dies") as both:
-        assert both.all[1].wait(timeout=120) == -signal.SIGKILL
-        assert both.all[0].wait(timeout=120) != 0, both.output()
+        assert both.all[1].wait(timeout=200) == -signal.SIGKILL
+        assert both.all[0].wait(timeout=200) != 0, both.output()
         assert LOST[BACKEND] in both.outputs[0].read_text()
     assert not list(tmp_path.glob("*.npz"))
 
     with processes("lives") as both:
-        assert both.wait(timeout=120) == [0, 0], both.output()
+        assert both.wait(timeout=200) == [0, 0], both.output()
     weights = values(one_device(steps=15).model.weights)
     for rank in range(2):
         found = np.load(tmp_path / f"{rank}.npz")
