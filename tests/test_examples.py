@@ -77,8 +77,8 @@ def test_see_the_sharpness_prints_its_table_and_saves_its_pictures(tmp_path):
         assert path.stat().st_size > 5_000
 
 
-# The others run on one backend each, to spare the time: which one is chance. The one of
-# KerasHub, where much depends on the backend, runs on all.
+# The others run on one backend each: mostly on PyTorch, which compiles nothing, to spare the
+# time. The one of KerasHub, where much depends on the backend, runs on all.
 BACKEND = keras.backend.backend()
 
 
@@ -195,7 +195,7 @@ CIFAR = ["--data-dir", "tfds", "--width", "4", "--batch-size", "32"]
 
 
 @pytest.mark.slow
-@only_on("tensorflow")
+@only_on("torch")
 def test_cifar10_at_hand_is_read_through_tensorflow_datasets(tmp_path):
     out = run_quickly("cifar10_tfds.py", *CIFAR, cwd=tmp_path, cifar10=(32, 32, 3))
     assert "Data: cifar10.npz, as a TFDS data set cifar10_local_200_100" in out
@@ -205,7 +205,7 @@ def test_cifar10_at_hand_is_read_through_tensorflow_datasets(tmp_path):
 
 
 @pytest.mark.slow
-@only_on("jax")
+@only_on("torch")
 def test_with_a_network_cifar10_is_the_real_one(tmp_path):
     out = run_quickly("cifar10_tfds.py", *CIFAR, "--online", "--augment", "cutmix", cwd=tmp_path)
     assert "Data: cifar10 of TensorFlow Datasets" in out
@@ -230,7 +230,7 @@ def test_regression_and_two_outputs(tmp_path):
 
 
 @pytest.mark.slow
-@only_on("tensorflow")
+@only_on("torch")
 def test_a_method_of_ones_own(tmp_path):
     out = run_quickly("custom_method.py", cwd=tmp_path)
     rows = [line for line in out.splitlines() if line.startswith("mixture")]
