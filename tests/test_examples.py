@@ -1,5 +1,6 @@
 """The examples run as a user would run them, in a small setting."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -8,6 +9,8 @@ import sys
 import keras
 import numpy as np
 import pytest
+
+from tests.distributed.launch import Processes, free_ports
 
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -250,6 +253,34 @@ def test_the_distributed_example_runs_on_one_machine(tmp_path):
     assert len(losses) == (2 if backend == "torch" else 1)
     assert len(set(losses)) == 1
     assert float(losses[0]) < 1.5
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="torchrun makes two already")
+@pytest.mark.slow
+def test_the_distributed_example_runs_in_two_processes(tmp_path):
+    backend = keras.backend.backend()
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+
+    def variables(rank):
+        task = {"type": "worker", "index": rank}
+        return {
+            "tensorflow": {
+                "TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task})
+            },
+            "jax": {
+                "KERAS_DISTRIBUTION_JOB_ADDRESSES": addresses[0],
+                "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+                "KERAS_DISTRIBUTION_PROCESS_ID": str(rank),
+            },
+        }[backend]
+
+    script = EXAMPLES / "distributed" / f"train_{backend}.py"
+    with Processes(lambda rank: [script], 2, tmp_path, variables) as processes:
+        assert processes.wait(timeout=200) == [0, 0], processes.output()
+        lines = [path.read_text().splitlines()[-1] for path in processes.outputs]
+    assert lines[0] == lines[1]
+    assert "2 devices" in lines[0] or "one of 2 replicas" in lines[0]
+    assert float(lines[0].split()[-1]) < 1.5
 
 
 @pytest.fixture
