@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from typing import NamedTuple
 
 import keras
@@ -31,6 +32,7 @@ class RhoRange(NamedTuple):
             loss linear.
         cosine: array of shape `(n,)`, of the gradients before and after that
             step.
+        initial_val_loss: Float, the loss on the validation data before.
         recommended: Float, one of `rho`: see `rho_range_test`.
     """
 
@@ -41,6 +43,7 @@ class RhoRange(NamedTuple):
     gain: np.ndarray
     predicted_gain: np.ndarray
     cosine: np.ndarray
+    initial_val_loss: float
     recommended: float
 
 
@@ -53,17 +56,92 @@ def rho_range_test(
     validation_data,
     rhos=None,
     epochs=3,
+    tolerance=0.1,
     batch_size=32,
     seed=0,
     verbose=1,
 ):
-    """TODO."""
-    rhos = _check(model, rhos, epochs, verbose)
+    """Try a range of radii, each in a short training, and recommend one.
+
+    What a learning rate finder is for the learning rate. The model is trained
+    for a few epochs with each rho, each time from where it stands, on the same
+    batches. Afterwards it is as it was: weights, optimizer, statistics, seeds,
+    rho. What was compiled is not compiled again in `fit`.
+
+    Short trainings do not show which rho generalizes best, since any
+    adversary slows the beginning down a little. They do show from which rho
+    on the model learns badly, and just below that the best ones lie. The rule:
+    the largest rho that costs at most a tenth (`tolerance`) of what the best
+    short training, plain training included, has won:
+
+    ```
+    val_loss <= lowest + tolerance * (initial - lowest)
+    ```
+
+    Measured with SAM, three seeds each, in tests of a twentieth, a tenth and a
+    fifth of the training (`docs/reproductions.md`): final validation loss with
+    plain training, with what the tests of a tenth advised, and with the best
+    of a grid of seven radii.
+
+    | data | plain | as advised | best of the grid |
+    |---|---|---|---|
+    | moons, 200 examples | 0.310 | 0.299 | 0.252 |
+    | digits, 1,000 | 0.098 | 0.089 | 0.085 |
+    | Fashion-MNIST, 1,000 | 0.796 | 0.633 | 0.633 |
+
+    Averaged over the seeds, the advice was better than plain training in all
+    nine cases; the rho of the lowest loss in the test is too small. The rule was
+    found on these data, so expect somewhat less on yours.
+
+    Args:
+        model: a compiled and built `keras_sharp.SharpnessAwareModel`, whose
+            method has the `rho` that is looked for, as a float.
+        x: the training data, as for `fit`: arrays, or a data set that can be
+            read again and again.
+        y: the targets, likewise.
+        sample_weight: the weights of the examples, likewise.
+        validation_data: data that are not in `x`: a tuple `(x, y)` or
+            `(x, y, sample_weight)`, or a data set, as for `fit`.
+        rhos: list of floats > 0. Defaults to `None`: nine from a tenth to ten
+            times of what the method has now, each 1.8 times the one before.
+        epochs: Integer >= 1, the length of each training. Defaults to `3`. A
+            tenth of the training that is planned is enough, if the loss falls
+            in that time.
+        tolerance: Float in [0, 1), the share of the fall of the loss that a
+            rho may cost. Defaults to `0.1`.
+        batch_size: Integer >= 1, for arrays. Defaults to `32`.
+        seed: Integer, the order of the examples, for arrays. Defaults to `0`.
+        verbose: `0` or `1`, whether progress is shown. Defaults to `1`.
+
+    Returns:
+        A `RhoRange`; `keras_sharp.plots.rho_range` draws it.
+
+    Raises:
+        ValueError: if the model is not such a model, or the data do not fit
+            it; if an argument is not one of these. Where the model learns with
+            none of the radii, a warning says so, and the recommendation is 0.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model = keras_sharp.SharpnessAwareModel(model, "sam")
+    >>> model.compile("sgd", "mse")
+    >>> x = np.random.normal(size=(64, 4))
+    >>> y = x @ np.ones((4, 1))
+    >>> found = keras_sharp.rho_range_test(
+    ...     model, x[:48], y[:48], validation_data=(x[48:], y[48:]), rhos=[0.01, 0.1], verbose=0
+    ... )
+    >>> found.recommended in (0.01, 0.1)
+    True
+    >>> model.method.rho = found.recommended
+    """
+    rhos = _check(model, rhos, epochs, tolerance, verbose)
     adversary = _Adversary(model, (x, y, sample_weight), batch_size)
     bar = keras.utils.Progbar(len(rhos), unit_name="rho", verbose=verbose)
     rows = []
     with _unchanged(model) as start_anew:
         adversary.surface.check()
+        initial = _evaluate(model, validation_data, batch_size)
         for rho in rhos:
             start_anew()
             model.method.rho = rho
@@ -83,13 +161,27 @@ def rho_range_test(
             loss = history.history["loss"][-1]
             rows.append([rho, val_loss, loss, same_gain, gain, predicted, cosine])
             bar.add(1, values=None)
-    columns = np.array(rows, "float64").T
-    return RhoRange(*columns, recommended=recommend(*columns[:2]))
+    rho, val_loss, *others = np.array(rows, "float64").T
+    return RhoRange(rho, val_loss, *others, initial, _recommend(rho, val_loss, initial, tolerance))
 
 
-def recommend(rho, val_loss):
-    """The radius of the lowest validation loss."""
-    return float(rho[np.nanargmin(val_loss)])
+def _recommend(rho, val_loss, initial, tolerance):
+    """The largest radius that costs little; the rule of `rho_range_test`."""
+    # NaN, of a training that failed, is no loss.
+    lowest = np.min(np.nan_to_num(val_loss, nan=np.inf))
+    if lowest < initial:
+        recommended = rho[val_loss <= lowest + tolerance * (initial - lowest)][-1]
+        problem = f"With each rho from {rho[1]:g} up the loss falls clearly less than without"
+    else:
+        recommended = 0.0
+        problem = "The validation loss falls with no rho, and not without one"
+    if recommended == 0:
+        warnings.warn(
+            f"{problem}, in this short training. The recommendation is 0, no adversary. Test with "
+            "more `epochs`, or with smaller `rhos`.",
+            stacklevel=3,
+        )
+    return float(recommended)
 
 
 class _Adversary:
@@ -122,7 +214,7 @@ class _Adversary:
         return [loss_adv - loss, vectors.dot(g, e), vectors.cosine(g, g_adv)]
 
 
-def _check(model, rhos, epochs, verbose):
+def _check(model, rhos, epochs, tolerance, verbose):
     if not isinstance(model, SharpnessAwareModel):
         raise ValueError(
             "The test needs a compiled SharpnessAwareModel, with the method whose rho is looked "
@@ -162,6 +254,8 @@ def _check(model, rhos, epochs, verbose):
         )
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"`epochs` must be an integer >= 1. Received: epochs={epochs!r}")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"`tolerance` must be a number in [0, 1). Received: tolerance={tolerance}")
     if verbose not in (0, 1):
         raise ValueError(f"`verbose` must be 0 or 1. Received: verbose={verbose!r}")
     return [0.0, *values]

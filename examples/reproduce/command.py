@@ -1,4 +1,4 @@
-"""The command line that all scripts of this folder have. It imports no Keras: it picks the backend."""
+"""The command line of all scripts of this folder: imports no Keras, since it picks the backend."""
 
 import argparse
 import os

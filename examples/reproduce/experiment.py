@@ -45,7 +45,8 @@ def latin_hypercube(space, count, seed=0):
     for name, (low, high) in space.items():
         levels = [float(f"{level:.3g}") for level in np.geomspace(low, high, count)]
         columns[name] = list(random.permutation(levels)) if columns else levels
-    return [dict(zip(columns, map(float, row), strict=True)) for row in zip(*columns.values())]
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, map(float, row), strict=True)) for row in rows]
 
 
 class Trainer:

@@ -74,9 +74,7 @@ def bayes(count, seed=2):
         "accuracy": p.max(-1),
         "loss": -(p * np.log(np.maximum(p, 1e-300))).sum(-1),
     }
-    return {
-        name: [float(v.mean()), float(v.std() / np.sqrt(count))] for name, v in values.items()
-    }
+    return {name: [float(v.mean()), float(v.std() / np.sqrt(count))] for name, v in values.items()}
 
 
 def straight_line(data):

@@ -336,27 +336,31 @@ def grid(content, data):
     ]
 
 
+def _tests(content, data, share):
+    """The range tests of a length, by seed."""
+    start = f"{data}, {share:g}, "
+    return [test for key, test in content["tests"].items() if key.startswith(start)]
+
+
 def which_rho(folder):
     """The advice of the range test against the best of the grid."""
     content = load(folder, "which_rho")
     lines = [
-        "| data | epochs of the test | recommended rho, by seed | validation loss at the end with "
-        "these | best of the grid | plain training |",
+        "| data | test of | recommended rho, by seed | validation loss at the end with these | "
+        "best of the grid | plain training |",
         "|---" * 6 + "|",
     ]
     for data in conditions(content):
         rhos, losses = grid(content, data)
         means = [float(np.mean(values)) for values in losses]
         best = int(np.argmin(means))
-        for epochs in content["settings"]["test_epochs"]:
-            advice = [
-                test["recommended"]
-                for key, test in content["tests"].items()
-                if key.startswith(f"{data}, {epochs} epochs")
-            ]
+        epochs = content["settings"]["epochs"][data]
+        for share in content["settings"]["shares"]:
+            advice = [test["recommended"] for test in _tests(content, data, share)]
             ours = np.mean([means[int(np.argmin(np.abs(rhos - rho)))] for rho in advice])
+            by_seed = ", ".join(f"{rho:g}" for rho in advice)
             lines.append(
-                f"| {NAMES[data]} | {epochs} | {', '.join(f'{rho:g}' for rho in advice)} | "
+                f"| {NAMES[data]} | {share * epochs:g} of {epochs} epochs | {by_seed} | "
                 f"{ours:.4f} | {means[best]:.4f} (rho {rhos[best]:g}) | {means[0]:.4f} |"
             )
     return lines
@@ -457,9 +461,7 @@ def _mnist_picture(content):
                 curves = [
                     [100 * e[part] for e in runs if e["setting"][name] == value] for value in values
                 ]
-                low, high = (
-                    [f(curve) for curve in curves] for f in (np.min, np.max)
-                )
+                low, high = ([f(curve) for curve in curves] for f in (np.min, np.max))
                 panel.plot(
                     values,
                     [np.mean(curve) for curve in curves],
@@ -493,22 +495,18 @@ def _rho_picture(content):
         means, errors = zip(*map(mean_and_error, losses), strict=True)
         panel.axhline(means[0], color="gray", ls="--", label="plain training")
         panel.errorbar(
-            rhos[1:], means[1:], errors[1:], marker="o", color="C0", label="at the end of training"
+            rhos[1:], means[1:], errors[1:], marker="o", color="black", label="at the end"
         )
-        for i, epochs in enumerate(content["settings"]["test_epochs"]):
-            tests = [
-                t for k, t in content["tests"].items() if k.startswith(f"{name}, {epochs} epochs")
-            ]
-            advice = [t["recommended"] for t in tests]
-            for rho in advice:
-                panel.axvline(rho, color=f"C{i + 1}", lw=1, alpha=0.5)
+        for i, share in enumerate(content["settings"]["shares"]):
+            tests = _tests(content, name, share)
+            curve = np.mean([test["val_loss"] for test in tests], 0)[1:]
+            panel.plot(rhos[1:], curve, ":", marker=".", color=f"C{i}")
+            # What the tests advise, marked where these trainings then end.
+            for test in tests:
+                end = np.interp(test["recommended"], rhos, means)
+                panel.plot(test["recommended"], end, "o", ms=11 - 2 * i, mfc="none", color=f"C{i}")
             panel.plot(
-                tests[0]["rho"][1:],
-                np.mean([t["val_loss"] for t in tests], 0)[1:],
-                color=f"C{i + 1}",
-                ls=":",
-                marker=".",
-                label=f"range test, {epochs} epochs",
+                [], [], ":", marker="o", mfc="none", color=f"C{i}", label=f"test of {share:.0%}"
             )
         panel.set(xlabel="rho", ylabel="validation loss", xscale="log", yscale="log")
         panel.set_title(NAMES[name], loc="left")
