@@ -134,6 +134,16 @@ CLAIMS = [
         ((1, 2),),
     ),
     Claim(
+        "SAM has a lower test loss than SGD",
+        "no published figure",
+        "-",
+        "sam_vs_sgd",
+        "loss",
+        "sam",
+        "sgd",
+        ONCE_TWICE,
+    ),
+    Claim(
         "ASAM has a lower test error than SAM",
         f"{ASAM}; the figures: {PORT}",
         "2.55 % against 2.86 %",
@@ -441,6 +451,12 @@ def _moons_picture(content):
     figure, ((left, right),) = _panels(1, 2, width=4.6)
     for panel, name, scale in ((left, "accuracy", 100), (right, "loss", 1)):
         _dots(panel, content, name)
+        published = {"gsam": (85.7, 0.33), "adaptive_gsam": (89.0, 0.27)}
+        for i, method in enumerate(NAMES):
+            if method in published:
+                value = published[method][scale == 1]
+                label = "published" if method == "gsam" else None
+                panel.plot(value, i, "x", color=f"C{i}", ms=8, label=label)
         known = {"best possible": ("bayes", "-"), "straight line": ("line", "--")}
         for label, (key, style) in known.items():
             if key in content:
