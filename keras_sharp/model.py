@@ -9,6 +9,12 @@ from keras import ops
 from keras_sharp import engine, methods, vectors
 from keras_sharp.identifiers import did_you_mean
 from keras_sharp.objective import Objective, State, TrainingLoss, compute_loss
+from keras_sharp.preprocessing import (
+    only_preprocesses,
+    preprocess_batch,
+    preprocess_data,
+    preprocess_fit,
+)
 from keras_sharp.schedules import full_precision
 from keras_sharp.weights import get_choice, is_bias, is_overwritten
 
@@ -17,6 +23,9 @@ SCOPES = ("global", "replica")
 
 #: Logs that are computed only if asked for, by `extra_logs`.
 EXTRA_LOGS = ("perturbed_loss", "sharpness", "grad_norm", "grad_cosine", "skipped_steps")
+
+#: Those arguments of `compile` that are not about optimizer, loss and metrics.
+_HOW_TO_RUN = ("run_eagerly", "steps_per_execution", "jit_compile", "auto_scale_loss")
 
 _OVERRIDDEN = (
     "The wrapped model has a `{name}` of its own, which SharpnessAwareModel would bypass. "
@@ -58,9 +67,11 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
 
     Args:
         model: the `keras.Model` to train: Sequential, Functional or
-            subclassed, built or not. Its own `compute_loss` and
+            subclassed, built or not. Its own `compile`, `compute_loss` and
             `compute_metrics` are kept. It is compiled along with the wrapper
-            and can be used by itself at any time.
+            and can be used by itself at any time. A task of KerasHub
+            preprocesses what `fit`, `evaluate` and `predict` of the wrapper
+            are given, as its own methods do.
         method: the name of a method (`"sam"`, `"asam"`, `"gsam"`,
             `"adaptive_gsam"`, `"bsam"`) or a `keras_sharp.methods.Method`;
             `None` is plain training. Defaults to `"sam"`. The attribute
@@ -213,23 +224,31 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
     # Compiling
 
     def compile(self, *args, **kwargs):
-        """Configure the model for training, as `keras.Model.compile` does.
+        """Configure the model for training, as the `compile` of the wrapped model does.
 
         The wrapped model is compiled along, with the same optimizer, loss and
-        metrics.
+        metrics. If it has defaults for them, as the tasks of KerasHub do, they
+        hold for the wrapper, too.
 
         Args:
             *args: see `keras.Model.compile`.
             **kwargs: see `keras.Model.compile`.
         """
-        bound = inspect.signature(keras.Model.compile).bind(self, *args, **kwargs).arguments
-        bound.pop("self")
-        super().compile(**bound)
-        self.model.compile(**{**bound, "optimizer": self.optimizer})
-        engine.share_compiled_state(self, self.model)
+        self.model.compile(*args, **kwargs)
+        bound = inspect.signature(self.model.compile).bind(*args, **kwargs)
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        super().compile(
+            optimizer=self.model.optimizer,
+            loss=self.model.loss,
+            **{name: given[name] for name in _HOW_TO_RUN if name in given},
+        )
+        engine.share_compiled_state(self.model, self)
         self._checked = False
-        if self.num_micro_batches > 1:
-            _check_reduction(bound.get("loss"))
+        self._check_reduction()
+
+    def get_compile_config(self):
+        """The arguments of `compile`: those that the wrapped model was compiled with."""
+        return self.model.get_compile_config() if self.compiled else {}
 
     def compile_from_config(self, config):
         """Compile with what `get_compile_config` returned."""
@@ -259,6 +278,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
     def make_train_function(self, force=False):
         """Check what can be checked before the first step, then do as Keras does."""
         engine.global_seeds()  # Made here, not while a function is traced.
+        self._check_reduction()
         if self.model.built:
             self._check_trainable()
             engine.broadcast([*self.variables, *self.optimizer.variables])
@@ -281,10 +301,13 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             ValueError: if the model was not compiled, has no trainable
                 weights, or if a batch is too small for `num_micro_batches`.
         """
+        bound = inspect.signature(super().fit).bind(x, y, batch_size, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = preprocess_fit(self.model, bound.arguments)
         if self.num_micro_batches > 1:
-            self._check_batch_size(_first_batch_size(x, batch_size))
+            self._check_batch_size(_first_batch_size(arguments["x"], batch_size))
         skipped_before = int(ops.convert_to_numpy(self.skipped_steps))
-        history = super().fit(x, y, batch_size, *args, **kwargs)
+        history = super().fit(**arguments)
         skipped = int(ops.convert_to_numpy(self.skipped_steps)) - skipped_before
         if skipped and not self._scales_loss_dynamically():
             warnings.warn(
@@ -294,6 +317,34 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
                 stacklevel=2,
             )
         return history
+
+    def evaluate(
+        self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, *args, **kwargs
+    ):
+        """The loss and the metrics of the wrapped model, as `keras.Model.evaluate` does."""
+        if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has preprocessed it already.
+            x, y, sample_weight = preprocess_data(self.model, (x, y, sample_weight), batch_size)
+        return super().evaluate(x, y, batch_size, verbose, sample_weight, *args, **kwargs)
+
+    def predict(self, x, batch_size=None, *args, **kwargs):
+        """The predictions of the wrapped model, as `keras.Model.predict` does."""
+        x, _, _ = preprocess_data(self.model, (x, None, None), batch_size)
+        return super().predict(x, batch_size, *args, **kwargs)
+
+    def train_on_batch(self, x, y=None, sample_weight=None, *args, **kwargs):
+        """One step of training, as `keras.Model.train_on_batch` does."""
+        batch = preprocess_batch(self.model, x, y, sample_weight)
+        return super().train_on_batch(*batch, *args, **kwargs)
+
+    def test_on_batch(self, x, y=None, sample_weight=None, *args, **kwargs):
+        """The loss and the metrics of a batch, as `keras.Model.test_on_batch` does."""
+        batch = preprocess_batch(self.model, x, y, sample_weight)
+        return super().test_on_batch(*batch, *args, **kwargs)
+
+    def predict_on_batch(self, x):
+        """The predictions for a batch, as `keras.Model.predict_on_batch` does."""
+        x, _, _ = preprocess_batch(self.model, x)
+        return super().predict_on_batch(x)
 
     def sharpness_aware_step(self, data):
         """One step of training, on any backend: the engines run it as `train_step`.
@@ -487,11 +538,11 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
                 f"{self.model.name!r}. Received: perturb={self.perturb!r}. Expected at least one "
                 f"weight; the model has {[v.path for v in variables[:5]]} ..."
             )
-        if self.num_micro_batches > 1 and any(is_overwritten(v) for v in variables):
+        if self._averages_parts() and any(is_overwritten(v) for v in variables):
             raise ValueError(
                 "Weights of a float8 layer that are overwritten with their gradient cannot be "
-                "averaged over micro-batches. Received: num_micro_batches="
-                f"{self.num_micro_batches}. Set num_micro_batches=1."
+                "averaged over micro-batches or replicas. Received: num_micro_batches="
+                f"{self.num_micro_batches}. Set num_micro_batches=1, and train on one device."
             )
         if any(keras.backend.standardize_dtype(v.dtype) == "bfloat16" for v in variables):
             warnings.warn(
@@ -502,6 +553,21 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             )
         engine.check_layers(self.model)
         self._checked = True
+
+    def _averages_parts(self):
+        """Whether directions of parts of a batch are averaged."""
+        return self.num_micro_batches > 1 or self._divides_batches()
+
+    def _check_reduction(self):
+        reductions = [getattr(part, "reduction", None) for part in keras.tree.flatten(self.loss)]
+        if "sum" in reductions and self._averages_parts():
+            raise ValueError(
+                "A loss that is summed over the batch cannot be averaged over micro-batches or "
+                "replicas: the step would shrink with their number. Received: a loss with "
+                f"reduction='sum', num_micro_batches={self.num_micro_batches} and "
+                f"perturbation_scope={self.perturbation_scope!r}. Use "
+                "reduction='sum_over_batch_size'."
+            )
 
     def _check_batch_size(self, size):
         """Refuse batches with fewer examples than parts, but for a last, partial one."""
@@ -542,8 +608,11 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
 
     def get_config(self):
         """The arguments of the constructor, as plain values."""
+        model = keras.saving.serialize_keras_object(self.model)
+        if self.compiled:  # It will be compiled along with the wrapper.
+            model.pop("compile_config", None)
         return {
-            "model": keras.saving.serialize_keras_object(self.model),
+            "model": model,
             "method": methods.serialize(self.method),
             "num_micro_batches": self.num_micro_batches,
             "name": self.name,
@@ -587,7 +656,7 @@ def _check_model(model):
             f"Received: {model!r} (of type {type(model).__name__}).{hint}"
         )
     for name, advice in _ADVICE.items():
-        if not _is_from_keras(getattr(type(model), name)):
+        if not (_is_from_keras(getattr(type(model), name)) or only_preprocesses(type(model), name)):
             raise ValueError(_OVERRIDDEN.format(name=name, cls=type(model).__name__, advice=advice))
 
 
@@ -606,16 +675,6 @@ def _check_extra_logs(extra_logs):
                 f"Expected names from {list(EXTRA_LOGS)}. Received: extra_logs={extra_logs!r}"
             )
     return tuple(extra_logs)
-
-
-def _check_reduction(loss):
-    for part in keras.tree.flatten(loss):
-        if getattr(part, "reduction", None) == "sum":
-            raise ValueError(
-                "A loss that is summed over the batch cannot be averaged over micro-batches: the "
-                "step would shrink with their number. Received: a loss with reduction='sum' and "
-                "num_micro_batches > 1. Use reduction='sum_over_batch_size'."
-            )
 
 
 def _first_batch_size(x, batch_size):

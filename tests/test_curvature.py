@@ -8,7 +8,7 @@ import pytest
 from keras import layers, ops
 
 import keras_sharp
-from keras_sharp import curvature, engine
+from keras_sharp import curvature, engine, vectors
 from keras_sharp.curvature import products
 from keras_sharp.curvature.lanczos import Lanczos
 from keras_sharp.surface import LossSurface
@@ -784,3 +784,26 @@ def test_more_eigenvalues_than_weights_are_refused(monkeypatch):
     net = oracles.Mlp()
     with pytest.raises(ValueError, match=r"Received: k=39\. Expected a `k` up to"):
         curvature.eigenvalues(twin(net), *data(net), k=39)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="attention of other backends is differentiable")
+def test_attention_is_differentiated_twice():
+    """The fast kernels of PyTorch are not: its own ones must be asked for."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4, 3))
+    attended = layers.MultiHeadAttention(num_heads=1, key_dim=2)(inputs, inputs)
+    model = keras.Model(inputs, layers.Dense(1)(attended[:, 0]))
+    model.compile("sgd", "mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 4, 3)).astype("float32"), rng.normal(size=(6, 1))
+    hessian = curvature.HessianOperator(model, x, y)
+    v = rng.normal(size=hessian.size)
+    surface, direction = LossSurface(model, x, y), hessian.as_weights(v)
+    plus, minus = (
+        surface.loss_and_gradient(vectors.add_scaled(surface.weights, h, direction)).gradient
+        for h in (1e-2, -1e-2)
+    )
+    difference = [
+        ops.convert_to_numpy(p - m).ravel() / 2e-2 for p, m in zip(plus, minus, strict=True)
+    ]
+    np.testing.assert_allclose(hessian @ v, np.concatenate(difference), rtol=1e-2, atol=1e-2)

@@ -111,7 +111,7 @@ def test_the_distributed_example_runs_on_one_machine(tmp_path):
 def nothing_at_hand(monkeypatch, tmp_path):
     """As on the machine of a user without a network: no file, no server."""
     monkeypatch.setattr(datasets, "__file__", str(tmp_path / "examples" / "datasets.py"))
-    monkeypatch.setattr(datasets, "_is_online", lambda: False)
+    monkeypatch.setattr(datasets, "is_online", lambda *host: False)
     monkeypatch.delenv("KERAS_SHARP_DATA", raising=False)
     return tmp_path
 
@@ -147,7 +147,7 @@ def test_a_file_in_the_named_folder_is_read(nothing_at_hand, monkeypatch, capsys
 def test_images_in_color_keep_their_channels(nothing_at_hand, monkeypatch):
     """`keras.datasets.cifar10` has labels of the shape (n, 1)."""
     arrays = (np.full((3, 32, 32, 3), 255, "uint8"), np.array([[0], [1], [2]], "uint8"))
-    monkeypatch.setattr(datasets, "_is_online", lambda: True)
+    monkeypatch.setattr(datasets, "is_online", lambda: True)
     monkeypatch.setattr(keras.datasets.cifar10, "load_data", lambda: (arrays, arrays))
     (x, y), _ = datasets.load_images("cifar10", num_train=2)
     assert x.shape == (2, 32, 32, 3)
@@ -158,7 +158,7 @@ def test_images_in_color_keep_their_channels(nothing_at_hand, monkeypatch):
 def test_with_a_network_keras_downloads(nothing_at_hand, monkeypatch, capsys):
     """The real path, with the loader faked at its edge."""
     arrays = (np.zeros((3, 28, 28), "uint8"), np.array([0, 1, 2], "uint8"))
-    monkeypatch.setattr(datasets, "_is_online", lambda: True)
+    monkeypatch.setattr(datasets, "is_online", lambda *host: True)
     monkeypatch.setattr(keras.datasets.fashion_mnist, "load_data", lambda: (arrays, arrays))
     (x, _), _ = datasets.load_images()
     assert x.shape == (3, 28, 28, 1)

@@ -26,7 +26,7 @@ def compiled_model():
 
 def test_share_compiled_state_makes_two_models_report_the_same_numbers():
     wrapper, model = compiled_model(), compiled_model()
-    _keras.share_compiled_state(wrapper, model)
+    _keras.share_compiled_state(model, wrapper)
     for name in ("_compile_loss", "_compile_metrics", "_loss_tracker"):
         assert getattr(model, name) is getattr(wrapper, name), (
             f"Keras no longer keeps compiled state in {name}: see share_compiled_state"

@@ -6,6 +6,7 @@ import warnings
 import keras
 
 from keras_sharp import engine
+from keras_sharp.preprocessing import preprocess_data
 
 
 class Probe(keras.callbacks.Callback):
@@ -50,7 +51,8 @@ class Probe(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self.history = {"epoch": [], **{name: [] for name in self.names}}
         if not self.model.built:  # On TensorFlow, `fit` builds a model in the first step.
-            x, y, sample_weight = self.data
+            model = self.model.model if isinstance(self.model, engine.Trainer) else self.model
+            x, y, sample_weight = preprocess_data(model, self.data)
             for batch in engine.data_adapter(x, y, sample_weight, 1).get_numpy_iterator():
                 engine.build_symbolically(self.model, keras.utils.unpack_x_y_sample_weight(batch))
                 break

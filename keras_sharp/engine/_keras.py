@@ -25,8 +25,8 @@ def stateless_scope(mapping):
     return scope
 
 
-def share_compiled_state(wrapper, model):
-    """Let a wrapped model and its wrapper use the same losses and metrics.
+def share_compiled_state(model, wrapper):
+    """Let a wrapper use the losses and metrics of the model that it wraps.
 
     `compile` makes these objects from strings and functions, once for each of
     the two models. Shared, they are built once, updated once, and both models
@@ -34,7 +34,7 @@ def share_compiled_state(wrapper, model):
     """
     for name in ("_compile_loss", "_compile_metrics", "_loss_tracker"):
         # Past `Layer.__setattr__`, which would list the metrics a second time.
-        object.__setattr__(model, name, getattr(wrapper, name))
+        object.__setattr__(wrapper, name, getattr(model, name))
 
 
 def loss_tracker(model):
