@@ -80,7 +80,7 @@ def test_see_the_sharpness_prints_its_table_and_saves_its_pictures(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="nothing in it is of a backend")
 def test_choose_rho_recommends_one_and_trains_with_it(tmp_path):
-    small = ["--dataset", "digits", "--train", "300", "--epochs", "2", "--method", "asam"]
+    small = ["--dataset", "digits", "--train", "600", "--epochs", "20", "--method", "asam"]
     done = run("choose_rho.py", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (recommended,) = [line for line in done.stdout.splitlines() if "<- recommended" in line]
