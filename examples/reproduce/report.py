@@ -230,7 +230,10 @@ def mean_and_error(values):
 
 def text_of(values, number):
     mean, error = mean_and_error(values)
-    return f"{mean:.{number.digits}f} ± {error:.{number.digits}f}{number.unit}"
+    digits = number.digits
+    if error > 0:  # at least one digit of it
+        digits = max(digits, -math.floor(math.log10(error)))
+    return f"{mean:.{digits}f} ± {error:.{digits}f}{number.unit}"
 
 
 def verdict(better, worse, lower_is_better):
@@ -473,22 +476,16 @@ def _mnist_picture(content):
         for method, color in (("gsam", "C3"), ("adaptive_gsam", "C4")):
             runs = entries(content, stage=name, method=method)
             values = sorted({e["setting"][name] for e in runs})
-            for part, style in (("test_accuracy", "-"),):
-                curves = [
-                    [100 * e[part] for e in runs if e["setting"][name] == value] for value in values
-                ]
-                low, high = ([f(curve) for curve in curves] for f in (np.min, np.max))
-                panel.plot(
-                    values,
-                    [np.mean(curve) for curve in curves],
-                    style,
-                    marker="o",
-                    color=color,
-                    label=NAMES[method],
-                )
-                panel.fill_between(values, low, high, color=color, alpha=0.15, lw=0)
+            curves = [
+                [100 * e["test_accuracy"] for e in runs if e["setting"][name] == value]
+                for value in values
+            ]
+            low, high = ([f(curve) for curve in curves] for f in (np.min, np.max))
+            mean = [np.mean(curve) for curve in curves]
+            panel.plot(values, mean, marker="o", color=color, label=NAMES[method])
+            panel.fill_between(values, low, high, color=color, alpha=0.15, lw=0)
         panel.set(xlabel=name, ylabel="test accuracy, %", xscale="log")
-    middle.legend(frameon=False)
+    middle.legend(frameon=False, loc="center left")
     return figure
 
 
