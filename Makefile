@@ -84,6 +84,6 @@ $(INSTALLED): pyproject.toml requirements-dev.txt constraints.txt
 	$(call make_venv,$(VENV))
 	@echo "== Installing PyTorch (1 of 2, about 200 MB)"
 	@$(PIP) -c constraints.txt torch
-	@echo "== Installing TensorFlow, JAX, the tools and keras-sharp (2 of 2, about 500 MB)"
+	@echo "== Installing TensorFlow, JAX, the tools and keras-sharp (2 of 2, about 1 GB)"
 	@$(PIP) -c constraints.txt -r requirements-dev.txt
 	@touch $@

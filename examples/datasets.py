@@ -3,6 +3,7 @@
 import os
 import pathlib
 import socket
+import zipfile
 
 import keras
 import numpy as np
@@ -51,16 +52,21 @@ def load_images(name="auto", num_train=None, num_test=None):
     return train, test
 
 
-def _from_file_or_network(name):
+def _find(name):
+    """The path of `<name>.npz`, or `None`."""
     root = pathlib.Path(__file__).resolve().parent.parent
     folders = [os.environ.get("KERAS_SHARP_DATA"), root / "data", root.parent / "shared" / "data"]
-    for folder in filter(None, folders):
-        path = pathlib.Path(folder) / f"{name}.npz"
-        if path.exists():
-            with np.load(path) as z:
-                arrays = (z["x_train"], z["y_train"]), (z["x_test"], z["y_test"])
-            return f"from {path.name}", arrays
-    if _is_online():
+    paths = (pathlib.Path(folder) / f"{name}.npz" for folder in folders if folder)
+    return next((path for path in paths if path.exists()), None)
+
+
+def _from_file_or_network(name):
+    path = _find(name)
+    if path:
+        with np.load(path) as z:
+            arrays = (z["x_train"], z["y_train"]), (z["x_test"], z["y_test"])
+        return f"from {path.name}", arrays
+    if is_online():
         return "downloaded by keras.datasets", getattr(keras.datasets, name).load_data()
     return None
 
@@ -75,10 +81,10 @@ def _from_digits():
     return "of scikit-learn", ((images[:1400], labels[:1400]), (images[1400:], labels[1400:]))
 
 
-def _is_online():
-    """Whether the server of keras.datasets answers; a download would wait much longer."""
+def is_online(host="storage.googleapis.com"):
+    """Whether a server answers; a download would wait much longer."""
     try:
-        socket.create_connection(("storage.googleapis.com", 443), timeout=3).close()
+        socket.create_connection((host, 443), timeout=3).close()
     except OSError:
         return False
     return True
@@ -89,3 +95,78 @@ def _prepare(arrays, limit):
     if images.ndim == 3:  # gray
         images = images[..., None]
     return images.astype("float32") / 255, labels.astype("int64").reshape(-1)
+
+
+def tfds_name(name="cifar10", data_dir=None, num_train=None, num_test=None):
+    """The name under which `tfds.load` finds a data set of RGB images.
+
+    That is `name` itself, if TensorFlow Datasets has it on disk or can download
+    it. Otherwise a builder is registered that writes what is at hand as a data
+    set of TensorFlow Datasets: `<name>.npz`, or the digits of scikit-learn.
+
+    Args:
+        name: a data set of images and labels.
+        data_dir: the folder of TensorFlow Datasets. Defaults to its own.
+        num_train: Integer, how many images a builder writes. Defaults to all.
+        num_test: Integer, likewise.
+
+    Returns:
+        String.
+    """
+    import tensorflow_datasets as tfds
+
+    if tfds.builder(name, data_dir=data_dir).data_path.exists() or is_online():
+        print(f"Data: {name} of TensorFlow Datasets")
+        return name
+    path = _find(name)
+    size = f"_{num_train or 'all'}_{num_test or 'all'}"
+    local = f"{name if path else 'digits'}_local{size}"
+    print(f"Data: {path.name if path else 'digits of scikit-learn'}, as a TFDS data set {local}")
+
+    def examples(split, limit):
+        if path:
+            images, labels = (
+                read_npz(path, f"x_{split}", limit),
+                read_npz(path, f"y_{split}", limit),
+            )
+        else:
+            train, test = _from_digits()[1]
+            images, labels = (a[:limit] for a in (train if split == "train" else test))
+            images = np.kron(images, np.ones((4, 4), "uint8"))  # 32x32 pixels
+        if images.ndim == 3:
+            images = np.repeat(images[..., None], 3, axis=-1)
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            yield i, {"image": image, "label": int(label)}
+
+    class Local(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        name = local
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("image", "label"),
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": examples("train", num_train), "test": examples("test", num_test)}
+
+        def _generate_examples(self):
+            raise NotImplementedError  # `_split_generators` holds the examples already.
+
+    return local
+
+
+def read_npz(path, array, limit=None):
+    """The first rows of an array of an .npz, without unpacking the rest."""
+    with zipfile.ZipFile(path) as z, z.open(f"{array}.npy") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        rows = shape[0] if limit is None else min(limit, shape[0])
+        data = file.read(rows * int(np.prod(shape[1:])) * dtype.itemsize)
+    return np.frombuffer(data, dtype).reshape(rows, *shape[1:])

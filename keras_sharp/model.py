@@ -244,8 +244,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         )
         engine.share_compiled_state(self.model, self)
         self._checked = False
-        if self.num_micro_batches > 1:
-            _check_reduction(self.loss)
+        self._check_reduction()
 
     def get_compile_config(self):
         """The arguments of `compile`: those that the wrapped model was compiled with."""
@@ -279,6 +278,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
     def make_train_function(self, force=False):
         """Check what can be checked before the first step, then do as Keras does."""
         engine.global_seeds()  # Made here, not while a function is traced.
+        self._check_reduction()
         if self.model.built:
             self._check_trainable()
             engine.broadcast([*self.variables, *self.optimizer.variables])
@@ -538,11 +538,11 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
                 f"{self.model.name!r}. Received: perturb={self.perturb!r}. Expected at least one "
                 f"weight; the model has {[v.path for v in variables[:5]]} ..."
             )
-        if self.num_micro_batches > 1 and any(is_overwritten(v) for v in variables):
+        if self._averages_parts() and any(is_overwritten(v) for v in variables):
             raise ValueError(
                 "Weights of a float8 layer that are overwritten with their gradient cannot be "
-                "averaged over micro-batches. Received: num_micro_batches="
-                f"{self.num_micro_batches}. Set num_micro_batches=1."
+                "averaged over micro-batches or replicas. Received: num_micro_batches="
+                f"{self.num_micro_batches}. Set num_micro_batches=1, and train on one device."
             )
         if any(keras.backend.standardize_dtype(v.dtype) == "bfloat16" for v in variables):
             warnings.warn(
@@ -553,6 +553,21 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             )
         engine.check_layers(self.model)
         self._checked = True
+
+    def _averages_parts(self):
+        """Whether directions of parts of a batch are averaged."""
+        return self.num_micro_batches > 1 or self._divides_batches()
+
+    def _check_reduction(self):
+        reductions = [getattr(part, "reduction", None) for part in keras.tree.flatten(self.loss)]
+        if "sum" in reductions and self._averages_parts():
+            raise ValueError(
+                "A loss that is summed over the batch cannot be averaged over micro-batches or "
+                "replicas: the step would shrink with their number. Received: a loss with "
+                f"reduction='sum', num_micro_batches={self.num_micro_batches} and "
+                f"perturbation_scope={self.perturbation_scope!r}. Use "
+                "reduction='sum_over_batch_size'."
+            )
 
     def _check_batch_size(self, size):
         """Refuse batches with fewer examples than parts, but for a last, partial one."""
@@ -660,16 +675,6 @@ def _check_extra_logs(extra_logs):
                 f"Expected names from {list(EXTRA_LOGS)}. Received: extra_logs={extra_logs!r}"
             )
     return tuple(extra_logs)
-
-
-def _check_reduction(loss):
-    for part in keras.tree.flatten(loss):
-        if getattr(part, "reduction", None) == "sum":
-            raise ValueError(
-                "A loss that is summed over the batch cannot be averaged over micro-batches: the "
-                "step would shrink with their number. Received: a loss with reduction='sum' and "
-                "num_micro_batches > 1. Use reduction='sum_over_batch_size'."
-            )
 
 
 def _first_batch_size(x, batch_size):

@@ -37,8 +37,8 @@ class Neighborhood:
     p = 2.0
 
     def scales(self, w, biases=None):
-        """Yield what counts as a change of 1, one tensor per weight; `None` stands for 1."""
-        return iter([None] * len(w))
+        """What counts as a change of 1, one tensor per weight; `None` stands for 1."""
+        return [None] * len(w)
 
     def climb(self, g, w, rho, biases=None):
         """The perturbation of size `rho` that climbs the loss, as a product.
@@ -184,21 +184,21 @@ class AdaptiveBall(Neighborhood):
         self.p = self.ball.p
 
     def scales(self, w, biases=None):
-        """Yield the operator `T`, one tensor per weight; `None` for a bias stands for 1."""
-        for t, bias in zip(w, biases or [False] * len(w), strict=True):
-            yield None if bias else abs(t) + self.eta
+        """The operator `T`, one tensor per weight; `None` for a bias stands for 1."""
+        biases = biases or [False] * len(w)
+        return [None if bias else _size(t, self.eta) for t, bias in zip(w, biases, strict=True)]
 
     def climb(self, g, w, rho, biases=None):
-        # T is made twice, one weight at a time: on PyTorch that is cheaper than to keep it.
-        factor, direction = self.ball.climb(_times(self.scales(w, biases), g), w, rho)
-        return factor, _times(self.scales(w, biases), direction)
+        scales = self.scales(w, biases)
+        factor, direction = self.ball.climb(_times(scales, g), w, rho)
+        return factor, _times(scales, direction)
 
     def norm(self, e, w, biases=None):
         return self.ball.norm(_divided(e, self.scales(w, biases)), w)
 
     def project(self, e, w, rho, biases=None):
-        inside = self.ball.project(_divided(e, self.scales(w, biases)), w, rho)
-        return _times(self.scales(w, biases), inside)
+        scales = self.scales(w, biases)
+        return _times(scales, self.ball.project(_divided(e, scales), w, rho))
 
     def get_config(self):
         return {"eta": self.eta, "p": self.p}
@@ -238,9 +238,8 @@ class WeightScaledBall(Neighborhood):
         self.gamma = _non_negative("gamma", gamma)
 
     def scales(self, w, biases=None):
-        """Yield the factor `T`, one tensor per weight."""
-        for t in w:
-            yield abs(t) + self.gamma
+        """The factor `T`, one tensor per weight."""
+        return [_size(t, self.gamma) for t in w]
 
     def climb(self, g, w, rho, biases=None):
         return _over(rho, vectors.norm(g)), _times(self.scales(w), g)
@@ -311,6 +310,13 @@ def _over(rho, length):
 def _sum_of_powers(x, exponent):
     powers = [ops.sum(_power(ops.abs(vectors.widen(t)), exponent)) for t in vectors.present(x)]
     return sum(powers) if powers else ops.zeros(())
+
+
+def _size(t, offset):
+    """`abs(t) + offset`."""
+    size = abs(t)
+    size += offset  # On PyTorch in place, without fresh memory.
+    return size
 
 
 def _times(scales, x):

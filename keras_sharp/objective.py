@@ -111,7 +111,7 @@ class Objective:
             loss_scale=self._loss_scale,
             average=self._average,
         )
-        return self._evaluate(lambda v: self._value(ascent(inner, v)), w)
+        return self._evaluate(lambda v: self._value(ascent(inner, v)), w, averages=True)
 
     def perturbed(self, g):
         """`g` without the entries of weights that are not to be perturbed."""
@@ -129,14 +129,14 @@ class Objective:
             total = total + (norm + ops.cast(loss, norm.dtype))
         return ops.isfinite(total)
 
-    def _evaluate(self, value_fn, w):
+    def _evaluate(self, value_fn, w, averages=False):
         def scaled(weights):
             loss, aux = value_fn(weights)
             if self._loss_scale is None:
                 return loss, (loss, aux)
             return loss * ops.cast(self._loss_scale, loss.dtype), (loss, aux)
 
-        (_, (loss, self.aux)), gradient = engine.value_and_gradient(scaled, w)
+        (_, (loss, self.aux)), gradient = engine.value_and_gradient(scaled, w, averages)
         if self._frozen is not None and any(self._frozen):
             pairs = list(zip(gradient, self._frozen, strict=True))
             self.frozen_gradient = [g if frozen else None for g, frozen in pairs]

@@ -184,6 +184,8 @@ class LossSurface:
                 "The compiled loss must be one number. Received: a loss of the shape "
                 f"{tuple(loss.shape)}. Compile with a loss that is not of reduction='none'."
             )
+        if self._reductions != {"sum"}:
+            loss = engine.loss_of_replica(loss)
         return loss, [scope.get_current_value(v) for v in self._others]
 
     def scope(self, w, state):
@@ -206,13 +208,13 @@ class LossSurface:
         combined, total, self.num_batches = None, 0.0, 0
         for batch in self.batches():
             self.num_batches += 1
-            new, weight = self._try(fn, batch), self._weight(batch)
+            new, weight = self._try(fn, batch), self.batch_weight(batch)
             total += weight
+            if combined is not None or engine.num_replicas() > 1:
+                self._check_split(batch)
             if combined is None:
                 combined = new
-                continue
-            self._check_split(batch)
-            if self._reductions == {"sum"}:
+            elif self._reductions == {"sum"}:
                 combined = vectors.add(combined, new)
             else:
                 share = weight / total if total else 0.0
@@ -221,15 +223,26 @@ class LossSurface:
                 )
         if combined is None:
             raise ValueError("There are no data: `x` yields no batch. Expected at least one.")
-        return combined
+        return self.over_processes(combined, total)
+
+    def over_processes(self, part, weight):
+        """What all processes of PyTorch have together, from what each has of its own data.
+
+        Args:
+            part: list of tensors, combined over the batches of this process.
+            weight: the sum of the weights of these batches.
+
+        Returns:
+            A list like it, the same in all processes. One message.
+        """
+        if self._reductions == {"sum"}:
+            return engine.sum_over_processes(part)
+        return engine.mean_over_processes(part, weight)
 
     def batches(self):
         """The data, in triples `(x, y, sample_weight)` of tensors."""
         for batch in self._data.get_numpy_iterator():
-            batch = keras.utils.unpack_x_y_sample_weight(batch)
-            yield keras.tree.map_structure(
-                lambda a: None if a is None else ops.convert_to_tensor(a), batch
-            )
+            yield engine.as_tensors(keras.utils.unpack_x_y_sample_weight(batch))
 
     @property
     def num_examples(self):
@@ -260,7 +273,7 @@ class LossSurface:
         names = {getattr(loss, "reduction", _MEAN) for loss in keras.tree.flatten(self.model.loss)}
         return {_MEAN if name == "mean" else name for name in names}
 
-    def _weight(self, batch):
+    def batch_weight(self, batch):
         """The weight of the loss of a batch in the mean of all."""
         sample_weight = batch[2]
         if self._reductions == {"mean_with_sample_weight"} and sample_weight is not None:
@@ -268,7 +281,7 @@ class LossSurface:
         return _size(batch)
 
     def _check_split(self, batch):
-        """Refuse several batches if the loss would depend on the split."""
+        """Refuse several batches, or replicas, if the loss would depend on the split."""
         reductions, (_, _, sample_weight) = self._reductions, batch
         if sample_weight is None:
             reductions = {name.replace("mean_with_sample_weight", _MEAN) for name in reductions}
@@ -292,8 +305,9 @@ class LossSurface:
             if present:
                 raise ValueError(
                     f"The loss of the model {self.model.name!r} depends on how the data are split "
-                    f"into batches: {problem}. Received: more than one batch. Pass all the data as "
-                    "one batch; for arrays, set `batch_size` to the number of examples."
+                    f"into batches: {problem}. Received: more than one batch, or several "
+                    "processes. Pass all the data as one batch; for arrays, set `batch_size` to "
+                    "the number of examples. With tf.distribute, leave `strategy.scope()`."
                 )
 
 

@@ -4,11 +4,13 @@
     python tests/run.py --backend jax --quick
     python tests/run.py --backend torch -- tests/test_methods.py -k gsam -x
 
-What stands after `--` goes to pytest. Without paths there, it runs all of
+As many backends run at a time as there are processor cores; each line of output
+says whose it is. What stands after `--` goes to pytest. Without paths there, it runs all of
 `tests/`, the doctests of the package, and the code in README.md and docs/.
 """
 
 import argparse
+import concurrent.futures
 import os
 import pathlib
 import subprocess
@@ -23,10 +25,10 @@ BACKENDS = ("tensorflow", "jax", "torch")
 
 def main():
     args = parse_arguments(sys.argv[1:])
-    results = {}
-    for backend in args.backend or BACKENDS:
-        print(f"\n==== {backend} ====", flush=True)
-        results[backend] = run(backend, args.quick, args.pytest)
+    backends = args.backend or BACKENDS
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        outcomes = pool.map(lambda backend: run(backend, args.quick, args.pytest), backends)
+        results = dict(zip(backends, outcomes, strict=True))
     print("\n==== summary ====")
     for backend, (counts, seconds, verdict) in results.items():
         print(f"{backend:>10}  {describe(counts):<40} {seconds:6.0f} s  {verdict}")
@@ -59,7 +61,7 @@ def run(backend, quick, pytest_arguments):
         command += ["-m", "not slow"] if quick else []
         command += [*pytest_arguments, f"--junitxml={report}"]
         start = time.perf_counter()
-        code = subprocess.run(command, cwd=ROOT, env=environment(backend), check=False).returncode
+        code = show(command, backend)
         seconds = time.perf_counter() - start
         counts = read_counts(report)
     if counts["passed"] + counts["failed"] == 0:
@@ -71,6 +73,22 @@ def run(backend, quick, pytest_arguments):
     return counts, seconds, verdict
 
 
+def show(command, backend):
+    """Run a command, and print each line of its output as it comes: its exit status."""
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(backend),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        for line in process.stdout:
+            print(f"{backend:>10} | {line}", end="", flush=True)
+    return process.returncode
+
+
 def environment(backend):
     """The environment of one run. Which GPUs are visible is left as it is."""
     defaults = {
@@ -78,6 +96,9 @@ def environment(backend):
         # On a GPU, take memory as needed: another process may want some, too.
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        # Threads of PyTorch wait for each other in a loop: beside another program on the same
+        # cores, two of them take ten times as long as one.
+        "OMP_NUM_THREADS": "1",
         "MPLBACKEND": "Agg",
     }
     return {**defaults, **os.environ, "KERAS_BACKEND": backend}

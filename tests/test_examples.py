@@ -96,7 +96,7 @@ def test_the_distributed_example_runs_on_one_machine(tmp_path):
 def nothing_at_hand(monkeypatch, tmp_path):
     """As on the machine of a user without a network: no file, no server."""
     monkeypatch.setattr(datasets, "__file__", str(tmp_path / "examples" / "datasets.py"))
-    monkeypatch.setattr(datasets, "_is_online", lambda: False)
+    monkeypatch.setattr(datasets, "is_online", lambda *host: False)
     monkeypatch.delenv("KERAS_SHARP_DATA", raising=False)
     return tmp_path
 
@@ -132,7 +132,7 @@ def test_a_file_in_the_named_folder_is_read(nothing_at_hand, monkeypatch, capsys
 def test_with_a_network_keras_downloads(nothing_at_hand, monkeypatch, capsys):
     """The real path, with the loader faked at its edge."""
     arrays = (np.zeros((3, 28, 28), "uint8"), np.array([0, 1, 2], "uint8"))
-    monkeypatch.setattr(datasets, "_is_online", lambda: True)
+    monkeypatch.setattr(datasets, "is_online", lambda *host: True)
     monkeypatch.setattr(keras.datasets.fashion_mnist, "load_data", lambda: (arrays, arrays))
     (x, _), _ = datasets.load_images()
     assert x.shape == (3, 28, 28, 1)

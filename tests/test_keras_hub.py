@@ -48,7 +48,7 @@ class TinyImageBackbone(keras_hub.models.Backbone):
 def image_task(preprocessor=True, seed=0):
     """A classifier whose preprocessor scales the pixels."""
     keras.utils.set_random_seed(seed)
-    converter = keras_hub.layers.ImageConverter(image_size=(8, 8), scale=1 / 255.0)
+    converter = keras_hub.layers.ImageConverter(scale=1 / 255.0)
     return keras_hub.models.ImageClassifier(
         TinyImageBackbone(4),
         num_classes=3,

@@ -52,6 +52,7 @@ class _Operator:
         self._product = None  # Frees the memory of the last one.
         if self._surface.num_batches == 1 and not self._surface.model.run_eagerly:
             (batch,) = self._surface.batches()
+            self._weight = self._surface.batch_weight(batch)
             self._product = self._linearized(self._weights, self._state, batch)
 
     def matvec(self, v):
@@ -72,7 +73,7 @@ class _Operator:
         self.products += 1
         v = self.as_weights(v)
         if self._product is not None:
-            product = self._product(v)
+            product = self._surface.over_processes(list(self._product(v)), self._weight)
         else:
             product = self._surface.over_batches(
                 lambda batch: list(self._anew(self._weights, v, self._state, batch))

@@ -4,7 +4,7 @@ Each engine file provides the same few names:
 
 | name | meaning |
 |---|---|
-| `value_and_gradient(fn, w)` | `fn(w) -> (scalar, aux)`, and the gradient; may be nested |
+| `value_and_gradient(fn, w, averages)` | `fn(w) -> (scalar, aux)`, and the gradient; nestable |
 | `hessian(fn, w, ...)`, `gauss_newton(...)` | products with a matrix of second derivatives |
 | `linearized(matrix, fn)` | these products, with one forward pass for all of them |
 | `read(variable)` | the value of a variable, as a tensor |
@@ -16,6 +16,9 @@ Each engine file provides the same few names:
 | `mean_over_replicas(structure, size)` | the mean over all replicas, weighted by `size` |
 | `loss_of_replica(loss)` | what Keras computed, as on a single device |
 | `broadcast(variables)` | give every replica the values of the first |
+| `num_replicas()` | how many replicas share what runs here; 1 where no code sees them |
+| `sum_over_processes(tensors)`, `mean_over_processes(...)` | outside of a step |
+| `as_tensors(batch)` | the arrays of a batch as tensors, outside of a step |
 | `compiled(fn)` | a pure function of tensors, compiled where the backend can |
 | `dot`, `scale`, `add`, `add_scaled` | the operations on lists of tensors that need speed |
 | `quotient(a, b)` | `a / b` for scalars, and 0 where `b` is 0 |
@@ -52,6 +55,7 @@ Trainer = _engine.Trainer
 add = _engine.add
 add_scaled = _engine.add_scaled
 apply = _engine.apply
+as_tensors = _engine.as_tensors
 average_micro_batches = _engine.average_micro_batches
 average_replicas = _engine.average_replicas
 broadcast = _engine.broadcast
@@ -64,11 +68,14 @@ global_seeds = _engine.global_seeds
 hessian = _engine.hessian
 linearized = _engine.linearized
 loss_of_replica = _engine.loss_of_replica
+mean_over_processes = _engine.mean_over_processes
 mean_over_replicas = _engine.mean_over_replicas
+num_replicas = _engine.num_replicas
 quotient = _engine.quotient
 random_state = _engine.random_state
 read = _engine.read
 run_either = _engine.run_either
 scale = _engine.scale
 set_random_state = _engine.set_random_state
+sum_over_processes = _engine.sum_over_processes
 value_and_gradient = _engine.value_and_gradient

@@ -6,7 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import keras
-from jax.sharding import PartitionSpec
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from keras_sharp.engine import _micro_batches
 from keras_sharp.engine._micro_batches import map_present
@@ -15,8 +16,9 @@ from keras_sharp.engine._micro_batches import map_present
 _on_replica = contextvars.ContextVar("_on_replica", default=False)
 
 
-def value_and_gradient(fn, weights):
+def value_and_gradient(fn, weights, averages=False):
     """`(value, aux), gradient` of `fn(weights) -> (value, aux)`."""
+    del averages  # Whether `fn` averages over replicas: it may.
     return jax.value_and_grad(fn, has_aux=True)(weights)
 
 
@@ -93,6 +95,11 @@ def apply(optimizer, gradients, variables):
 # program runs on all of them, and sees the whole batch.
 
 
+def num_replicas():
+    """How many replicas share what runs here: one program does it all."""
+    return 1
+
+
 def broadcast(variables):
     """Give every replica the values of the first one: the program has one value for all."""
 
@@ -106,6 +113,44 @@ def mean_over_replicas(structure, size):
     """The mean over all replicas: the program has it, since it sees the whole batch."""
     del size
     return structure
+
+
+def sum_over_processes(tensors):
+    """The sum over all processes: the program has it, since it sees the data of all."""
+    return tensors
+
+
+def mean_over_processes(tensors, weight):
+    """The mean over all processes: the program has it, since it sees the data of all."""
+    del weight
+    return tensors
+
+
+def as_tensors(batch):
+    """The arrays of a batch as tensors, each divided among the devices.
+
+    With several processes the batch is made of what each of them has.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return map_present(jnp.asarray, batch)
+    mesh = distribution.device_mesh.backend_mesh
+    devices = mesh.shape[distribution.batch_dim_name]
+
+    def divided(array):
+        array = np.asarray(array)
+        sharding = distribution.get_data_layout(array.shape).backend_layout
+        if array.shape[0] * jax.process_count() % devices == 0:
+            return jax.make_array_from_process_local_data(sharding, array)
+        if jax.process_count() == 1:  # All have all of it.
+            return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
+        raise ValueError(
+            "With several processes, the examples of a batch must divide by the number of devices. "
+            f"Received: {array.shape[0]} examples in each of {jax.process_count()} processes, with "
+            f"{devices} devices together. Choose another `batch_size`, or leave some examples out."
+        )
+
+    return map_present(divided, batch)
 
 
 def average_replicas(fn, carried, batch):
@@ -241,6 +286,12 @@ class Trainer:
     """The glue into `JAXTrainer`: state in, state out."""
 
     model: keras.Model  # The wrapped one.
+
+    def _divides_batches(self):
+        """Whether each replica sees its own part of a batch only."""
+        return keras.distribution.distribution() is not None and (
+            self.perturbation_scope == "replica"
+        )
 
     def compute_loss_and_updates(
         self,

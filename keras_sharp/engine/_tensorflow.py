@@ -18,8 +18,11 @@ from keras_sharp.engine._micro_batches import accumulate, map_present
 _xla: contextvars.ContextVar[str | None] = contextvars.ContextVar("_xla", default=None)
 
 
-def value_and_gradient(fn, weights):
-    """`(value, aux), gradient` of `fn(weights) -> (value, aux)`."""
+def value_and_gradient(fn, weights, averages=False):
+    """`(value, aux), gradient` of `fn(weights) -> (value, aux)`.
+
+    If `fn` averages over replicas, which meet there, it cannot be compiled by itself.
+    """
 
     def run(weights):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -31,7 +34,9 @@ def value_and_gradient(fn, weights):
         gradient = [None if g is None else tf.convert_to_tensor(g) for g in gradient]
         return (value, aux), gradient
 
-    return tf.function(run, jit_compile=True)(weights) if _xla.get() == "passes" else run(weights)
+    if _xla.get() == "passes" and not averages:
+        return tf.function(run, jit_compile=True, autograph=False)(weights)
+    return run(weights)
 
 
 def hessian(fn, w, *args):
@@ -195,17 +200,37 @@ def mean_over_replicas(structure, size):
     present = [t for t in leaves if t is not None]
     if num_replicas() == 1 or not present:
         return structure
+
+    @tf.custom_gradient
+    def mean(*tensors):
+        *sums, total = tf.distribute.get_replica_context().all_reduce(
+            tf.distribute.ReduceOp.SUM,
+            [*(t * tf.cast(size, t.dtype) for t in tensors), tf.cast(size, tf.float32)],
+        )
+        # The derivative of a mean of functions of the mean is the mean of the derivatives.
+        return [s / tf.cast(total, s.dtype) for s in sums], mean
+
     wide = [t if t.dtype == tf.float64 else tf.cast(t, tf.float32) for t in present]
-    *sums, total = tf.distribute.get_replica_context().all_reduce(
-        tf.distribute.ReduceOp.SUM,
-        [*(t * tf.cast(size, t.dtype) for t in wide), tf.cast(size, tf.float32)],
-    )
-    means = iter(
-        tf.cast(s / tf.cast(total, s.dtype), t.dtype) for s, t in zip(sums, present, strict=True)
-    )
+    means = iter(tf.cast(m, t.dtype) for m, t in zip(mean(*wide), present, strict=True))
     return keras.tree.pack_sequence_as(
         structure, [None if t is None else next(means) for t in leaves]
     )
+
+
+def sum_over_processes(tensors):
+    """The sum over all processes: what is outside of a step, each does by itself."""
+    return tensors
+
+
+def mean_over_processes(tensors, weight):
+    """The mean over all processes: what is outside of a step, each does by itself."""
+    del weight
+    return tensors
+
+
+def as_tensors(batch):
+    """The arrays of a batch as tensors, on the first device of this process."""
+    return map_present(tf.convert_to_tensor, batch)
 
 
 def average_replicas(fn, carried, batch):
@@ -329,6 +354,10 @@ class Trainer(StrategyTrainer):
     """The glue into `TensorFlowTrainer`: the step is what `tf.function` traces."""
 
     model: keras.Model  # The wrapped one.
+
+    def _divides_batches(self):
+        """Whether each replica sees its own part of a batch only."""
+        return self.distribute_strategy.num_replicas_in_sync > 1
 
     def make_train_function(self, force=False):
         _check_scope(self)

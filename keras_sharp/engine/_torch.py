@@ -10,9 +10,15 @@ import torch.distributed as dist
 from keras_sharp.engine import _micro_batches
 from keras_sharp.engine._keras import adds_up_metrics, all_layers, global_seed
 
+# A step makes several lists of tensors and lets them go. On Linux, the C library would hand that
+# memory back to the system and fault it in again, page by page: a tenth of a step of a small
+# network. It keeps up to twice the largest block that it has seen come back, of up to 32 MiB.
+torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
-def value_and_gradient(fn, weights):
+
+def value_and_gradient(fn, weights, averages=False):
     """`(value, aux), gradient` of `fn(weights) -> (value, aux)`."""
+    del averages  # Whether `fn` averages over replicas: it may.
     # Weights that are already being differentiated: this call is the inner
     # one of two, and its gradient must stay in the graph of the outer one.
     nested = any(w.requires_grad for w in weights)
@@ -136,44 +142,61 @@ def loss_of_replica(loss):
 
 
 def mean_over_replicas(structure, size):
-    """The mean of a nested structure over all processes, weighted by their `size`."""
-    if num_replicas() == 1:
-        return structure
+    """The mean of a nested structure over all processes, weighted by their `size`. One message."""
     leaves = keras.tree.flatten(structure)
     present = [t for t in leaves if t is not None]
-    if not present:
+    if num_replicas() == 1 or not present:
         return structure
-    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in present]
-    *sums, total = _sum_over_replicas([*(t * size for t in wide), torch.as_tensor(size)])
-    means = iter([(s / total).to(t.dtype) for s, t in zip(sums, present, strict=True)])
+    means = iter(_split(_Mean.apply(_flat(present), float(size)), present))
     return keras.tree.pack_sequence_as(
         structure, [None if t is None else next(means) for t in leaves]
     )
 
 
-def _sum_over_replicas(tensors):
-    """The sums over all processes, in one message, of float32 or float64."""
-    if not tensors:
-        return []
-    device = tensors[0].device
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    flat = torch.cat([t.reshape(-1).to(device, dtype) for t in tensors])
-    parts = _AllReduce.apply(flat).split([t.numel() for t in tensors])
-    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+class _Mean(torch.autograd.Function):
+    """The weighted mean over all processes. Its derivative is the mean of their derivatives.
 
-
-class _AllReduce(torch.autograd.Function):
-    """The sum over all processes. Its derivative is the sum of their derivatives."""
+    For `L = Σ_i n_i L_i(m) / Σ_i n_i`, a mean of functions of the mean `m`, that is the
+    contribution of each process to the mean of the gradients.
+    """
 
     @staticmethod
-    def forward(ctx, tensor):
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
+    def forward(ctx, flat, size):
+        ctx.size = size
+        message = torch.cat([flat * size, flat.new_tensor([size])])
+        dist.all_reduce(message)
+        return message[:-1] / message[-1]
 
     @staticmethod
     def backward(ctx, gradient):
-        return _AllReduce.apply(gradient)
+        return _Mean.apply(gradient, ctx.size), None
+
+
+mean_over_processes = mean_over_replicas
+
+
+def sum_over_processes(tensors):
+    """The sum over all processes, of a list in which some may be `None`. One message."""
+    present = [t for t in tensors if t is not None]
+    if num_replicas() == 1 or not present:
+        return tensors
+    flat = _flat(present)
+    dist.all_reduce(flat)
+    sums = iter(_split(flat, present))
+    return [None if t is None else next(sums) for t in tensors]
+
+
+def _flat(tensors):
+    """All numbers in one new tensor, of float32 or float64."""
+    device = tensors[0].device
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.cat([t.reshape(-1).to(device, dtype) for t in tensors])
+
+
+def _split(flat, tensors):
+    """The opposite of `_flat`."""
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
 
 
 def average_replicas(fn, carried, batch):
@@ -192,6 +215,11 @@ def average_micro_batches(fn, carried, batch, num_micro_batches):
             f"{size} examples in process {dist.get_rank()}. Drop the last, partial batch."
         )
     return _micro_batches.average_micro_batches(fn, carried, batch, num_micro_batches)
+
+
+def as_tensors(batch):
+    """The arrays of a batch as tensors: the part of this process."""
+    return _micro_batches.map_present(keras.ops.convert_to_tensor, batch)
 
 
 def _size(batch):
@@ -295,6 +323,10 @@ class Trainer:
 
     model: keras.Model  # The wrapped one.
 
+    def _divides_batches(self):
+        """Whether each replica sees its own part of a batch only."""
+        return num_replicas() > 1
+
     def train_step(self, data):
         return self._with_metrics_of_all(self.sharpness_aware_step, data)
 
@@ -314,9 +346,9 @@ class Trainer:
         results = {**self.get_metrics_result(), **metrics}
         others = {k: torch.as_tensor(v) for k, v in logs.items() if k not in results}
         new = [read(v) - old for v, old in zip(variables, before, strict=True)]
-        sums = _sum_over_replicas([*new, *others.values()])
+        sums = sum_over_processes([*new, *others.values()])
         for variable, old, total in zip(variables, before, sums, strict=False):
-            variable.assign(old + total.to(old.dtype))
+            variable.assign(old + total)
         means = [total / num_replicas() for total in sums[len(variables) :]]
         logs.update(zip(others, means, strict=True))
         logs.update({name: metric.result() for name, metric in metrics.items()})

@@ -1,7 +1,9 @@
 """Starts the processes of a topology, and leaves none behind."""
 
+import contextlib
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -24,14 +26,37 @@ def free_ports(number):
 
 def environment():
     """One thread per process is plenty; nothing leads to another cluster or a GPU."""
-    defaults = {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
     inherited = {k: v for k, v in os.environ.items() if k not in ("TF_CONFIG", "XLA_FLAGS")}
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**inherited, **defaults, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    return {
+        **inherited,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "JAX_PLATFORMS": "cpu",
+        # Nothing here runs long enough to be worth the time that XLA takes to make it fast.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+    }
+
+
+#: The ids of all processes that were started. Each leads a group of its own.
+groups: set[int] = set()
+
+
+def left_behind():
+    """Those groups in which a process still runs."""
+    alive = []
+    for group in groups:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, 0)
+            alive.append(group)
+    return alive
 
 
 class Processes:
     """A group of processes that run the same command: use it in a `with` statement.
+
+    At its end they are killed, and what they started themselves along with them.
 
     Args:
         command: function of the rank that gives the arguments of Python.
@@ -52,15 +77,21 @@ class Processes:
                         env=environment(),
                         stdout=file,
                         stderr=subprocess.STDOUT,
+                        start_new_session=True,
                     )
                 )
+        groups.update(process.pid for process in self.all)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        self.kill()
+
+    def kill(self):
         for process in self.all:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
     def wait(self, timeout):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 
 BATCH = 16
@@ -23,7 +24,7 @@ TOPOLOGIES = {
 }
 METHODS = ("sam", "asam", "gsam", "adaptive_gsam", "bsam")
 
-#: What is trained: arguments of the wrapper; and of `train`, below.
+#: What is trained: arguments of the wrapper; and of `make`, `data` and `fit`, below.
 CASES = {
     **{f"{m}-global": ({"method": m}, {}) for m in METHODS},
     **{f"{m}-replica": ({"method": m, "perturbation_scope": "replica"}, {}) for m in METHODS},
@@ -32,46 +33,59 @@ CASES = {
     "second_order-global": ({}, {"second_order": True}),
     "batchnorm-replica": ({"perturbation_scope": "replica"}, {"network": "batchnorm_net"}),
     "batchnorm-global": ({}, {"network": "batchnorm_net"}),
-    "uneven-global": ({}, {"n": N - 3}),
+    "uneven-global": ({}, {"n": N - 3, "epochs": 4}),
     "clipped-global": ({}, {"clipnorm": 0.05}),
+    "uneven_second_order-global": ({}, {"n": N - 3, "epochs": 4, "second_order": True}),
     "jit-global": ({}, {"jit_compile": True}),
+    "jit_second_order-global": ({}, {"jit_compile": True, "second_order": True}),
+    "watched-global": ({}, {"watched": True, "steps": 5}),
     "nan-global": ({}, {"bad_example": 20}),
     "nan-replica": ({"perturbation_scope": "replica"}, {"bad_example": 20}),
-    "long-replica": ({"method": "bsam", "perturbation_scope": "replica"}, {"epochs": 10}),
+    "long-replica": ({"method": "bsam", "perturbation_scope": "replica"}, {"steps": 50}),
 }
 #: Topologies whose code is that of another one train these only.
 FEW = ("sam-global", "gsam-global", "bsam-replica", "batchnorm-replica", "nan-replica")
-FEW += ("parts-global", "second_order-global", "long-replica")
-#: Most of the time goes into compiling: one training with an evaluation is enough.
+FEW += ("parts-global", "second_order-global", "watched-global", "long-replica")
+#: Most of the time goes into compiling: two trainings with an evaluation are enough.
 EVALUATED = ("sam-global", "uneven-global")
-
-
 #: Of these, the messages of a step are counted.
-COUNTED = ("sam-global", "sam-replica", "bsam-global", "bsam-replica", "parts-replica")
+COUNTED = {
+    "tensorflow": (),  # There is no public way to see them.
+    "jax": ("sam-global", "sam-replica", "bsam-global", "bsam-replica", "parts-replica"),
+    "torch": tuple(f"{m}-{s}" for m in (*METHODS, "parts") for s in ("global", "replica")),
+}
+
+
+#: The topology that trains all cases.
+ALL_CASES = {"tensorflow": "mirrored", "jax": "data_parallel", "torch": "processes"}
 
 
 def cases(backend, topology):
-    all_cases = {"tensorflow": "mirrored", "jax": "data_parallel", "torch": "processes"}
-    names = CASES if topology == all_cases[backend] else FEW
+    names = CASES if topology == ALL_CASES[backend] else FEW
     # A sharded batch of JAX must divide by the number of devices; only on TensorFlow
     # is there something to see about XLA.
     left_out = {"jax": ("uneven", "jit"), "tensorflow": (), "torch": ("jit",)}[backend]
+    if "DIST" in os.environ:
+        names = [n for n in names if n in os.environ["DIST"].split()]  # DEV
     return [name for name in names if not name.startswith(left_out)]
 
 
-def epochs_of(name):
-    """Twenty steps; five where the tests compute each by hand; fifty to see replicas drift."""
-    return CASES[name][1].get("epochs", 1 if "replica" in name else 4)
-
-
 def data(name):
+    """Twenty batches; five where the tests compute each by hand; fifty to see replicas drift.
+
+    In one epoch, where possible: TensorFlow takes a third of a second to begin one.
+    """
+    import numpy as np
+
     from tests import models
 
-    x, y = models.classification(CASES[name][1].get("n", N))
-    bad = CASES[name][1].get("bad_example")
-    if bad is not None:
-        x[bad] = float("nan")
-    return x, y
+    options = CASES[name][1]
+    x, y = models.classification(options.get("n", N))
+    if "bad_example" in options:
+        x[options["bad_example"]] = float("nan")
+    times = options.get("steps", 5 if "replica" in name else 20) * BATCH // N
+    times //= options.get("epochs", 1)
+    return np.tile(x, (times, 1)), np.tile(y, times)
 
 
 def make(name, seed=1):
@@ -105,9 +119,24 @@ def sgd(**kwargs):
     return keras.optimizers.SGD(0.1, momentum=0.9, **kwargs)
 
 
-def fit(wrapper, x, y, batch_size=BATCH, epochs=1, evaluate=False):
+def options_of(name):
+    """Arguments of `fit`."""
+    return {
+        "epochs": CASES[name][1].get("epochs", 1),
+        "evaluate": name in EVALUATED,
+        "watched": "watched" in CASES[name][1],
+    }
+
+
+def fit(wrapper, x, y, batch_size=BATCH, epochs=1, evaluate=False, watched=False):
     """The logs of each epoch."""
+    from keras_sharp import callbacks
+
     kwargs = {"validation_data": (x, y)} if evaluate else {}
+    if watched:  # In one batch, and in several that are not equal, nor divide by 4.
+        hessian = callbacks.HessianProbe(x, y, k=2)
+        sharpness = callbacks.SharpnessProbe(x, y, measures=["max_sharpness"], batch_size=30)
+        kwargs["callbacks"] = [hessian, sharpness]
     return wrapper.fit(
         x, y, batch_size=batch_size, epochs=epochs, shuffle=False, verbose=0, **kwargs
     ).history
@@ -121,6 +150,8 @@ class Place:
         self.backend = os.environ["KERAS_BACKEND"]
         self.num_devices, self.num_processes = TOPOLOGIES[self.backend][topology]
         self.strategy = None
+        if self.backend != "tensorflow":  # Keras would import it, which takes seconds.
+            sys.modules["tensorflow"] = None
         getattr(self, f"_start_{self.backend}")()
 
     def _start_tensorflow(self):
@@ -197,11 +228,11 @@ class Place:
 
 
 def messages_jax(wrapper, x, y):
-    """How many numbers each all-reduce of the compiled step adds up."""
-    import re
-
+    """How many numbers each message of a step carries, and each of a product with the Hessian."""
     import jax
     import keras
+
+    from keras_sharp import curvature
 
     distribution = keras.distribution.distribution()
     data = [jax.device_put(a, distribution.get_data_layout(a.shape).backend_layout) for a in (x, y)]
@@ -212,8 +243,16 @@ def messages_jax(wrapper, x, y):
         wrapper.metrics_variables,
     )
     state = tuple([v.value for v in group] for group in groups)
-    program = jax.jit(wrapper.train_step).lower(state, tuple(data)).compile().as_text()
-    sizes = []
+    yield sent(jax.jit(wrapper.train_step).lower(state, tuple(data)))
+    hessian = curvature.HessianOperator(wrapper, x, y)
+    product, v = hessian._product, hessian.as_weights([1.0] * hessian.size)
+    yield sent(product.func.lower(*product.args, v))
+
+
+def sent(lowered):
+    """How many numbers each all-reduce of a compiled program adds up."""
+    program, sizes = lowered.compile().as_text(), []
+    assert not re.search(r"(all-gather|all-to-all|collective-permute)(-start)?\(", program)
     for shapes in re.findall(r"= (.*?) all-reduce(?:-start)?\(", program):
         dimensions = re.findall(r"\w\d+\[([\d,]*)\]", shapes)
         sizes.append(sum(math.prod(int(n) for n in d.split(",") if n) for d in dimensions))
@@ -221,40 +260,56 @@ def messages_jax(wrapper, x, y):
 
 
 def messages_torch(wrapper, x, y):
-    """How many numbers each all-reduce of a step adds up."""
+    """How many numbers each message of a step carries, and each of a product with the Hessian."""
     import torch.distributed as dist
 
-    all_reduce, sizes = dist.all_reduce, []
+    from keras_sharp import curvature
 
-    def recorded(tensor, *args, **kwargs):
-        sizes.append(tensor.numel())
-        return all_reduce(tensor, *args, **kwargs)
+    def sent(run):
+        all_reduce, sizes = dist.all_reduce, []
 
-    dist.all_reduce = recorded
-    wrapper.train_on_batch(x, y)
-    dist.all_reduce = all_reduce
-    return sizes
+        def recorded(tensor, *args, **kwargs):
+            sizes.append(tensor.numel())
+            return all_reduce(tensor, *args, **kwargs)
+
+        dist.all_reduce = recorded
+        run()
+        dist.all_reduce = all_reduce
+        return sizes
+
+    yield sent(lambda: wrapper.train_on_batch(x, y))
+    hessian = curvature.HessianOperator(wrapper, x, y)
+    yield sent(lambda: hessian.matvec([1.0] * hessian.size))
 
 
-#: What Keras cannot do on several replicas: arguments of `compile`, and of the optimizer.
-REFUSED = ("steps_per_execution", "gradient_accumulation_steps", "ema_overwrite_frequency")
+#: What Keras cannot do on several replicas of TensorFlow: arguments of the optimizer.
+UNABLE = ("gradient_accumulation_steps", "ema_overwrite_frequency")
 
 
 def refusals(place):
-    """The error messages."""
-    messages = []
-    for name in REFUSED:
-        with place.scope():
-            wrapper = make("sam-global")
-            if name == "steps_per_execution":
-                wrapper.compile("sgd", wrapper.loss, steps_per_execution=2)
-            else:
-                optimizer = sgd(use_ema="ema" in name, **{name: 2})
-                wrapper.compile(optimizer, wrapper.loss)
+    """The error messages of what cannot be done on several replicas, by its name."""
+    import keras
+
+    names = ["sum", "float8"]
+    names += [*UNABLE, "steps_per_execution"] if place.backend == "tensorflow" else []
+    messages = {}
+    for name in names:
         try:
-            fit(wrapper, *data("sam-global"))
+            with place.scope():
+                wrapper = make("sam-replica")
+                optimizer, loss, kwargs = sgd(), wrapper.loss, {}
+                if name == "sum":
+                    loss = keras.losses.SparseCategoricalCrossentropy(True, reduction="sum")
+                elif name == "float8":
+                    wrapper.model.get_layer("first").quantize("float8")
+                elif name in UNABLE:
+                    optimizer = sgd(use_ema="ema" in name, **{name: 2})
+                else:
+                    kwargs = {name: 2}
+                wrapper.compile(optimizer, loss, **kwargs)
+            fit(wrapper, *place.share(*data("sam-replica")))
         except ValueError as error:
-            messages.append(str(error))
+            messages[name] = str(error)
     return messages
 
 
@@ -266,7 +321,7 @@ def main(topology, rank, ports, folder):
     import keras
     import numpy as np
 
-    folder, written = pathlib.Path(folder), {}
+    start, folder, written = pathlib.Path(folder), pathlib.Path(folder) / topology, {}
 
     def write(name, wrapper, history):
         variables = [*wrapper.model.weights, *wrapper.optimizer.variables, wrapper.skipped_steps]
@@ -283,23 +338,30 @@ def main(topology, rank, ports, folder):
             import torch
 
             torch.nn.parallel.DistributedDataParallel(wrapper)
-        options = {"epochs": epochs_of(name), "evaluate": name in EVALUATED}
-        history = fit(wrapper, *place.share(*data(name)), **options)
+        # In the scope of a strategy, so are the callbacks.
+        with place.scope() if "watched" in name else contextlib.nullcontext():
+            history = fit(wrapper, *place.share(*data(name)), **options_of(name))
         write(name, wrapper, history)
         if name == "sam-global":  # All processes of JAX must take part in saving.
             wrapper.save(folder / f"from_many_{place.rank}.keras")
         count = MESSAGES.get((place.backend, topology))
-        if count and name in COUNTED:
+        if count and name in COUNTED[place.backend]:
             x, y, size = place.share(*data(name))
-            written[f"{name}/messages/{rank}"] = np.array(count(wrapper, x[:size], y[:size]))
+            messages = count(wrapper, x[:size], y[:size])
+            kinds = ("step", "product") if name == "sam-global" else ("step",)
+            for kind, sizes in zip(kinds, messages, strict=False):
+                written[f"{name}/messages of a {kind}/{rank}"] = np.array(sizes)
 
-    if topology == "mirrored":
-        written["refusals"] = np.array(refusals(place))
+    if topology == ALL_CASES[place.backend]:
+        for name, message in refusals(place).items():
+            written[f"refused/{name}/{rank}"] = np.array(message)
 
     # Goes on where one device stopped.
     with place.scope():
-        wrapper = keras.saving.load_model(folder / "from_one.keras")
-    write("continued", wrapper, fit(wrapper, *place.share(*data("sam-global")), epochs=2))
+        wrapper = keras.saving.load_model(start / "from_one.keras")
+    x, y = data("sam-global")
+    half = len(x) // 2
+    write("continued", wrapper, fit(wrapper, *place.share(x[half:], y[half:])))
     np.savez(folder / f"{place.rank}.npz", **written)
 
 
