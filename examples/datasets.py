@@ -8,7 +8,9 @@ import zipfile
 import keras
 import numpy as np
 
-NAMES = ("fashion_mnist", "mnist", "digits")
+NAMES = ("fashion_mnist", "mnist", "cifar10", "digits")
+#: What `"auto"` tries, in this order.
+AUTO = ("fashion_mnist", "mnist", "digits")
 
 
 def load_images(name="auto", num_train=None, num_test=None):
@@ -20,18 +22,18 @@ def load_images(name="auto", num_train=None, num_test=None):
     scikit-learn. It says which.
 
     Args:
-        name: `"fashion_mnist"`, `"mnist"`, `"digits"`, or `"auto"`, the first
-            of these that can be had.
+        name: `"fashion_mnist"`, `"mnist"`, `"cifar10"`, `"digits"`, or
+            `"auto"`, the first of `AUTO` that can be had.
         num_train: Integer, how many training images to keep. Defaults to all.
         num_test: Integer, how many test images to keep. Defaults to all.
 
     Returns:
         `(x_train, y_train), (x_test, y_test)`: float32 images in [0, 1] of
-        shape `(n, height, width, 1)`, and integer labels.
+        shape `(n, height, width, channels)`, and integer labels.
     """
     if name not in ("auto", *NAMES):
         raise ValueError(f"There is no data set {name!r}. Expected 'auto' or one of {NAMES}.")
-    candidates = NAMES if name == "auto" else (name,)
+    candidates = AUTO if name == "auto" else (name,)
     for candidate in candidates:
         found = _from_digits() if candidate == "digits" else _from_file_or_network(candidate)
         if found is not None:
@@ -89,8 +91,10 @@ def is_online(host="storage.googleapis.com"):
 
 
 def _prepare(arrays, limit):
-    images, labels = arrays
-    return images[:limit, ..., None].astype("float32") / 255, labels[:limit].astype("int64")
+    images, labels = (a[:limit] for a in arrays)
+    if images.ndim == 3:  # gray
+        images = images[..., None]
+    return images.astype("float32") / 255, labels.astype("int64").reshape(-1)
 
 
 def tfds_name(name="cifar10", data_dir=None, num_train=None, num_test=None):

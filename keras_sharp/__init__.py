@@ -12,11 +12,13 @@ from keras_sharp import (
 )
 from keras_sharp.model import SharpnessAwareModel
 from keras_sharp.objective import Objective
+from keras_sharp.rho_range import RhoRange, rho_range_test
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Objective",
+    "RhoRange",
     "SharpnessAwareModel",
     "__version__",
     "callbacks",
@@ -25,6 +27,7 @@ __all__ = [
     "methods",
     "neighborhoods",
     "plots",
+    "rho_range_test",
     "schedules",
     "sharpness",
 ]

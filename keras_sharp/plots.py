@@ -155,6 +155,58 @@ def spectral_density(densities, sigma=None):
     return figure
 
 
+def rho_range(found):
+    """What short trainings with several radii came to, and which is recommended.
+
+    Args:
+        found: a `keras_sharp.RhoRange`, from `keras_sharp.rho_range_test`.
+
+    Returns:
+        A `matplotlib.figure.Figure` with three panels over rho: the losses;
+        the sharpness; what the adversary's step did and what it should have
+        done, and the cosine of the gradients. Plain training is the dashed
+        line.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+
+    Example:
+
+    >>> rows = np.array([[0.0, 0.01, 0.1], *np.ones((6, 3))])
+    >>> found = keras_sharp.RhoRange(*rows, initial_val_loss=2.0, recommended=0.1)
+    >>> figure = keras_sharp.plots.rho_range(found)
+    """
+    figure, (left, middle, right) = _panels(3)
+    rho = found.rho[1:]
+    for panel, name, label, color in (
+        (left, "val_loss", "validation loss", "C0"),
+        (left, "loss", "training loss", "C1"),
+        (middle, "sharpness", "sharpness", "C2"),
+    ):
+        values = getattr(found, name)
+        _curve(panel, rho, values[1:], color=color, label=label)
+        panel.axhline(values[0], color=color, ls="--", lw=1)
+    _curve(right, rho, found.gain[1:], color="C3", label="rise of the loss")
+    _curve(right, rho, found.predicted_gain[1:], color="C4", ls="--", label="if it were linear")
+    cosine = right.twinx()
+    _curve(cosine, rho, found.cosine[1:], color="C7", ls=":", label="cosine")
+    cosine.set_ylabel("cosine of the gradients", color="C7")
+    cosine.set(ylim=(min(0, found.cosine.min()), 1.02))
+    cosine.spines["top"].set_visible(False)
+    log = min(found.val_loss.min(), found.loss.min()) > 0
+    left.set(ylabel="loss", yscale="log" if log else "linear")
+    middle.set(ylabel="sharpness")
+    right.set(ylabel="adversary's step")
+    for panel in (left, middle, right):
+        if found.recommended > 0:
+            panel.axvline(found.recommended, color="black", lw=1, alpha=0.6)
+        panel.set(xlabel="rho", xscale="log")
+        _finish(panel)
+    left.set_title(f"recommended: rho = {found.recommended:.3g}", fontsize="medium")
+    right.spines["right"].set_visible(True)
+    return figure
+
+
 def landscape(slices, log=True):
     """Slices of the loss: lines over each other, planes side by side.
 

@@ -1,5 +1,6 @@
 """The examples run as a user would run them, in a small setting."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -8,6 +9,8 @@ import sys
 import keras
 import numpy as np
 import pytest
+
+from tests.distributed.launch import Processes, free_ports
 
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -236,6 +239,21 @@ def test_a_method_of_ones_own(tmp_path):
     assert len({row.split(":")[1] for row in rows}) == 3
 
 
+@pytest.mark.slow
+@only_on("torch")
+def test_choose_rho_recommends_one_and_trains_with_it(tmp_path):
+    small = ["--dataset", "digits", "--train", "600", "--epochs", "20", "--method", "asam"]
+    done = run("choose_rho.py", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (recommended,) = [line for line in done.stdout.splitlines() if "<- recommended" in line]
+    rho = float(recommended.split()[0])
+    assert 0.05 <= rho <= 5.0
+    plain, sharp = done.stdout.splitlines()[-2:]
+    assert plain.strip().startswith("no adversary: test accuracy 0.")
+    assert sharp.strip().startswith(f"asam, rho {rho:.3g}")
+    assert (tmp_path / "results" / "choose_rho.png").stat().st_size > 10_000
+
+
 def test_the_distributed_example_runs_on_one_machine(tmp_path):
     backend = keras.backend.backend()
     if backend == "torch":
@@ -249,6 +267,34 @@ def test_the_distributed_example_runs_on_one_machine(tmp_path):
     assert len(losses) == (2 if backend == "torch" else 1)
     assert len(set(losses)) == 1
     assert float(losses[0]) < 1.5
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="torchrun makes two already")
+@pytest.mark.slow
+def test_the_distributed_example_runs_in_two_processes(tmp_path):
+    backend = keras.backend.backend()
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+
+    def variables(rank):
+        task = {"type": "worker", "index": rank}
+        return {
+            "tensorflow": {
+                "TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task})
+            },
+            "jax": {
+                "KERAS_DISTRIBUTION_JOB_ADDRESSES": addresses[0],
+                "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+                "KERAS_DISTRIBUTION_PROCESS_ID": str(rank),
+            },
+        }[backend]
+
+    script = EXAMPLES / "distributed" / f"train_{backend}.py"
+    with Processes(lambda rank: [script], 2, tmp_path, variables) as processes:
+        assert processes.wait(timeout=200) == [0, 0], processes.output()
+        lines = [path.read_text().splitlines()[-1] for path in processes.outputs]
+    assert lines[0] == lines[1]
+    assert "2 devices" in lines[0] or "one of 2 replicas" in lines[0]
+    assert float(lines[0].split()[-1]) < 1.5
 
 
 @pytest.fixture
@@ -286,6 +332,17 @@ def test_a_file_in_the_named_folder_is_read(nothing_at_hand, monkeypatch, capsys
     assert y.tolist() == [1, 2]
     assert len(x_test) == 1
     assert "mnist from mnist.npz" in capsys.readouterr().out
+
+
+def test_images_in_color_keep_their_channels(nothing_at_hand, monkeypatch):
+    """`keras.datasets.cifar10` has labels of the shape (n, 1)."""
+    arrays = (np.full((3, 32, 32, 3), 255, "uint8"), np.array([[0], [1], [2]], "uint8"))
+    monkeypatch.setattr(datasets, "is_online", lambda: True)
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", lambda: (arrays, arrays))
+    (x, y), _ = datasets.load_images("cifar10", num_train=2)
+    assert x.shape == (2, 32, 32, 3)
+    assert y.tolist() == [0, 1]
+    assert x.max() == 1
 
 
 def test_with_a_network_keras_downloads(nothing_at_hand, monkeypatch, capsys):

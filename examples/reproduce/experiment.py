@@ -1,0 +1,233 @@
+"""What the reproductions share: fair searches, many trainings of one network, a resumable JSON."""
+
+import json
+import time
+
+import keras
+import numpy as np
+
+import keras_sharp
+
+#: The order of tables and pictures.
+METHODS = ("sgd", "sam", "asam", "gsam", "adaptive_gsam", "bsam")
+
+#: Where the radius is searched, in units of the weights, and in units of their size.
+RHO = (0.01, 0.5)
+SCALED_RHO = (0.05, 2.5)
+
+
+def search_space(method, learning_rate, rho=RHO, scaled_rho=SCALED_RHO, alpha=(0.1, 1.0)):
+    """The ranges of the numbers that a method has, each `(low, high)`."""
+    space = {"learning_rate": learning_rate}
+    if method != "sgd":
+        space["rho"] = scaled_rho if method in ("asam", "adaptive_gsam") else rho
+    if method in ("gsam", "adaptive_gsam"):
+        space["alpha"] = alpha
+    return space
+
+
+def latin_hypercube(space, count, seed=0):
+    """As many settings for a method with one number as for a method with three.
+
+    Each number takes `count` values, evenly spread over its range on a
+    logarithmic scale, each of them once.
+
+    Args:
+        space: dictionary of pairs `(low, high)`.
+        count: Integer, how many settings.
+        seed: Integer, which values meet.
+
+    Returns:
+        A list of dictionaries.
+    """
+    random = np.random.default_rng(seed)
+    columns = {}
+    for name, (low, high) in space.items():
+        levels = [float(f"{level:.3g}") for level in np.geomspace(low, high, count)]
+        columns[name] = list(random.permutation(levels)) if columns else levels
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, map(float, row), strict=True)) for row in rows]
+
+
+class Trainer:
+    """Trains one network again and again, with any method, setting and seed.
+
+    Weights, optimizer and statistics start anew each time. The numbers of a
+    method live in variables, so that only another method compiles another
+    step: run all settings of a method before the next one.
+
+    Args:
+        make_network: function without arguments that returns a `keras.Model`.
+        loss: the loss, as for `compile`.
+        data: dictionary with the pairs `(x, y)` for `"train"`, `"validation"`
+            and `"test"`.
+        batch_size: Integer.
+        weight_decay: Float, as for the optimizer. Defaults to `None`.
+        measure: function of the network that returns a dictionary of further
+            numbers, for all runs but those of the search. Defaults to `None`.
+    """
+
+    def __init__(self, make_network, loss, data, batch_size, weight_decay=None, measure=None):
+        self.make_network, self.data, self.batch_size = make_network, data, batch_size
+        self.measure = measure
+        self.model = keras_sharp.SharpnessAwareModel(make_network(), method=None)
+        self.model.compile(
+            keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=weight_decay),
+            loss,
+            metrics=["accuracy"],
+        )
+        self._method = "sgd"
+        # The first `fit` of a model builds it, which draws random numbers. After this, a seed
+        # gives the same training whatever came before it.
+        x, y = data["train"]
+        self.model.fit(x[:batch_size], y[:batch_size], batch_size=batch_size, verbose=0)
+
+    def __call__(self, method, setting, seed, epochs, test):
+        """Train once.
+
+        Args:
+            method: one of `METHODS`.
+            setting: dictionary with `"learning_rate"` and the numbers of the
+                method.
+            seed: Integer, of the initial weights and the order of the images.
+            epochs: Integer. The learning rate falls to 0 along a cosine.
+            test: Boolean, whether to look at the test data.
+
+        Returns:
+            A dictionary of floats.
+        """
+        self.reset(method, setting, seed)
+        peak = setting["learning_rate"]
+        schedule = keras.callbacks.LearningRateScheduler(
+            lambda epoch, _: peak * (1 + np.cos(np.pi * epoch / epochs)) / 2
+        )
+        x, y = self.data["train"]
+        logs = self.model.fit(
+            x, y, batch_size=self.batch_size, epochs=epochs, callbacks=[schedule], verbose=0
+        ).history
+        result = {"train_loss": logs["loss"][-1]}
+        for name in ("validation", "test") if test else ("validation",):
+            x, y = self.data[name]
+            loss, accuracy = self.model.evaluate(x, y, batch_size=1000, verbose=0)
+            result |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+        if test and self.measure is not None:
+            result |= self.measure(self.model.model)
+        return {name: float(value) for name, value in result.items()}
+
+    def reset(self, method, setting, seed):
+        """Start anew: the arguments are those of a call."""
+        numbers = {name: value for name, value in setting.items() if name != "learning_rate"}
+        if method != self._method:
+            self.model.method = None if method == "sgd" else keras_sharp.methods.get(method)
+            self._method = method
+        for name, value in numbers.items():
+            setattr(self.model.method, name, value)
+        keras.utils.set_random_seed(seed)
+        self.model.model.set_weights(self.make_network().get_weights())
+        for variable in [*self.model.optimizer.variables, self.model.highest_learning_rate]:
+            variable.assign(np.zeros(variable.shape))
+        self.model.optimizer.learning_rate = setting["learning_rate"]
+
+
+class Study:
+    """All runs of an experiment, kept in a JSON as soon as they are done.
+
+    A run that is in the file is not done again: what was stopped goes on.
+
+    Args:
+        path: the `pathlib.Path` of the JSON.
+        settings: dictionary of plain values, all that the runs have in
+            common.
+        total: Integer, how many runs there will be.
+
+    Raises:
+        ValueError: if the file holds runs with other settings.
+    """
+
+    def __init__(self, path, settings, total):
+        self.path, self.total = path, total
+        settings = {**settings, "backend": keras.backend.backend()}
+        self.content = {"name": path.stem, "settings": settings, "runs": []}
+        if path.exists():
+            self.content = json.loads(path.read_text(encoding="utf-8"))
+            if self.content["settings"] != json.loads(json.dumps(settings)):
+                raise ValueError(
+                    f"{path} holds runs with other settings, which cannot be mixed with new ones. "
+                    f"Received: {settings}, and in the file {self.content['settings']}. Choose "
+                    "another folder with --output, or delete the file."
+                )
+        self._seconds = []
+
+    def run(self, trainer, stage, method, setting, seed, epochs, **tags):
+        """Train once, unless that has been done.
+
+        Args:
+            trainer: a `Trainer`, or a function that makes one.
+            stage: `"search"`, `"final"`, or the name of a curve.
+            method: see `Trainer`.
+            setting: see `Trainer`.
+            seed: see `Trainer`.
+            epochs: see `Trainer`.
+            **tags: what else tells this run from others.
+
+        Returns:
+            The entry in the JSON, a dictionary.
+        """
+        key = {
+            **tags,
+            "stage": stage,
+            "method": method,
+            "epochs": epochs,
+            "seed": seed,
+            "setting": setting,
+        }
+        for entry in self.content["runs"]:
+            if {name: entry[name] for name in key if name in entry} == key:
+                return entry
+        start = time.perf_counter()
+        result = trainer(method, setting, seed, epochs, test=stage != "search")
+        self._seconds.append(time.perf_counter() - start)
+        entry = {**key, "seconds": round(self._seconds[-1], 2), **_rounded(result)}
+        self.content["runs"].append(entry)
+        self.save()
+        self._report(entry)
+        return entry
+
+    def search(self, trainer, method, settings, epochs, seed=100, **tags):
+        """The best of some settings, on the validation data: by accuracy, then by loss."""
+        entries = [
+            self.run(trainer, "search", method, setting, seed, epochs, **tags)
+            for setting in settings
+        ]
+        # NaN, of a training that failed, is no loss that min could compare.
+        loss = {id(e): np.nan_to_num(e["validation_loss"], nan=np.inf) for e in entries}
+        return min(entries, key=lambda e: (-e["validation_accuracy"], loss[id(e)]))["setting"]
+
+    def save(self, **extra):
+        """Write the JSON, with further entries at its top."""
+        self.content = {**self.content, **extra}
+        head = {name: value for name, value in self.content.items() if name != "runs"}
+        # One run per line, to be read by people as well.
+        lines = ",\n".join(f"    {json.dumps(entry)}" for entry in self.content["runs"])
+        text = json.dumps(head, indent=2)[:-2] + f',\n  "runs": [\n{lines}\n  ]\n}}\n'
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.path)  # A file that is stopped half-way is none.
+
+    def _report(self, entry):
+        done = len(self.content["runs"])
+        left = np.mean(self._seconds) * max(self.total - done, 0) / 60
+        where = " ".join(f"{entry[name]}" for name in ("data", "stage", "method") if name in entry)
+        numbers = " ".join(f"{name} {value:g}" for name, value in entry["setting"].items())
+        accuracy = entry.get("test_accuracy", entry["validation_accuracy"])
+        print(
+            f"[{done:>3}/{self.total}] {where:<34} {numbers:<44} seed {entry['seed']:<3} "
+            f"accuracy {accuracy:.4f}  {entry['seconds']:.1f} s, {left:.0f} min to go",
+            flush=True,
+        )
+
+
+def _rounded(result):
+    """Six digits: more would only be noise in the file."""
+    return {name: float(f"{value:.6g}") for name, value in result.items()}
