@@ -240,7 +240,7 @@ def test_a_method_of_ones_own(tmp_path):
 
 
 @pytest.mark.slow
-@only_on("torch")
+@only_on_torch
 def test_choose_rho_recommends_one_and_trains_with_it(tmp_path):
     small = ["--dataset", "digits", "--train", "600", "--epochs", "20", "--method", "asam"]
     done = run("choose_rho.py", *small, cwd=tmp_path)
