@@ -135,7 +135,7 @@ def test_private_keras_appears_in_one_file_only():
 def test_outside_the_engine_no_private_attribute_of_another_object_is_read():
     """`self._x` is fine; so is a name of the package itself."""
     access = re.compile(r"(?<!self)(?<!super\(\))\.(_[a-z]\w*)")
-    own = {"_replace", "_check", "_value"}  # of NamedTuple, Setting and Objective
+    own = {"_make", "_replace", "_check", "_value"}  # of NamedTuple, Setting and Objective
     found = {
         (path.name, name)
         for path, text in sources(outside_engine=True)
