@@ -7,6 +7,8 @@ ARGS ?=
 BACKEND ?=
 # What "make constraints" asks for, for example: TORCH=torch==2.13.0
 TORCH ?= torch
+# Which figures to re-run, for example: make reproduce NAME=moons ARGS=--quick
+NAME ?= moons
 
 # On Linux, PyPI's torch brings several GB of CUDA. For the CPU build, set
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -20,7 +22,7 @@ BACKENDS = $(foreach b,$(BACKEND),--backend $(b))
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick lint format bench constraints clean distclean
+.PHONY: help install demo test quick lint format bench reproduce constraints clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +49,9 @@ format: $(INSTALLED) ## repair what ruff can repair
 
 bench: $(INSTALLED) ## measure what a step of each method costs (an hour; ARGS=--quick tries it)
 	$(PY) benchmarks/step_cost.py $(ARGS)
+
+reproduce: $(INSTALLED) ## re-run published figures: NAME=moons, mnist_cnn, sam_vs_sgd or which_rho
+	$(PY) examples/reproduce/$(NAME).py $(BACKENDS) $(ARGS)
 
 constraints: ## resolve the newest versions and write them to constraints.txt
 	rm -rf build/constraints

@@ -190,11 +190,11 @@ def rho_range(found):
     _curve(right, rho, found.predicted_gain[1:], color="C4", ls="--", label="if it were linear")
     cosine = right.twinx()
     _curve(cosine, rho, found.cosine[1:], color="C7", ls=":", label="cosine")
-    cosine.set(ylabel="cosine of the gradients", ylim=(min(0, found.cosine.min()), 1.02))
+    cosine.set_ylabel("cosine of the gradients", color="C7")
+    cosine.set(ylim=(min(0, found.cosine.min()), 1.02))
     cosine.spines["top"].set_visible(False)
-    left.set(
-        ylabel="loss", yscale="log" if min(found.val_loss.min(), found.loss.min()) > 0 else "linear"
-    )
+    log = min(found.val_loss.min(), found.loss.min()) > 0
+    left.set(ylabel="loss", yscale="log" if log else "linear")
     middle.set(ylabel="sharpness")
     right.set(ylabel="adversary's step")
     for panel in (left, middle, right):

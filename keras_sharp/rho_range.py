@@ -161,8 +161,9 @@ def rho_range_test(
             loss = history.history["loss"][-1]
             rows.append([rho, val_loss, loss, same_gain, gain, predicted, cosine])
             bar.add(1, values=None)
-    rho, val_loss, *others = np.array(rows, "float64").T
-    return RhoRange(rho, val_loss, *others, initial, _recommend(rho, val_loss, initial, tolerance))
+    columns = np.array(rows, "float64").T
+    recommended = _recommend(columns[0], columns[1], initial, tolerance)
+    return RhoRange._make([*columns, initial, recommended])
 
 
 def _recommend(rho, val_loss, initial, tolerance):

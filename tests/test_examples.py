@@ -77,6 +77,21 @@ def test_see_the_sharpness_prints_its_table_and_saves_its_pictures(tmp_path):
         assert path.stat().st_size > 5_000
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="nothing in it is of a backend")
+def test_choose_rho_recommends_one_and_trains_with_it(tmp_path):
+    small = ["--dataset", "digits", "--train", "600", "--epochs", "20", "--method", "asam"]
+    done = run("choose_rho.py", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (recommended,) = [line for line in done.stdout.splitlines() if "<- recommended" in line]
+    rho = float(recommended.split()[0])
+    assert 0.05 <= rho <= 5.0
+    plain, sharp = done.stdout.splitlines()[-2:]
+    assert plain.strip().startswith("no adversary: test accuracy 0.")
+    assert sharp.strip().startswith(f"asam, rho {rho:.3g}")
+    assert (tmp_path / "results" / "choose_rho.png").stat().st_size > 10_000
+
+
 def test_the_distributed_example_runs_on_one_machine(tmp_path):
     backend = keras.backend.backend()
     if backend == "torch":
@@ -127,6 +142,17 @@ def test_a_file_in_the_named_folder_is_read(nothing_at_hand, monkeypatch, capsys
     assert y.tolist() == [1, 2]
     assert len(x_test) == 1
     assert "mnist from mnist.npz" in capsys.readouterr().out
+
+
+def test_images_in_color_keep_their_channels(nothing_at_hand, monkeypatch):
+    """`keras.datasets.cifar10` has labels of the shape (n, 1)."""
+    arrays = (np.full((3, 32, 32, 3), 255, "uint8"), np.array([[0], [1], [2]], "uint8"))
+    monkeypatch.setattr(datasets, "is_online", lambda: True)
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", lambda: (arrays, arrays))
+    (x, y), _ = datasets.load_images("cifar10", num_train=2)
+    assert x.shape == (2, 32, 32, 3)
+    assert y.tolist() == [0, 1]
+    assert x.max() == 1
 
 
 def test_with_a_network_keras_downloads(nothing_at_hand, monkeypatch, capsys):

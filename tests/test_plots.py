@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_sharp import plots
+from keras_sharp import RhoRange, plots
 from keras_sharp.curvature import SpectralDensity
 from keras_sharp.landscape import Line, Plane
 
@@ -67,6 +67,24 @@ def test_curves_stand_over_their_epochs_where_these_are_known():
     figure = plots.training_curves({"epoch": [0, 5], "max_sharpness": np.array([2.0, 1.0])})
     assert [panel.get_ylabel() for panel in figure.axes] == ["max_sharpness"]
     assert drawn(figure.axes[0]) == {"max_sharpness": [[1, 2.0], [6, 1.0]]}
+
+
+@pytest.mark.parametrize("recommended", [0.1, 0.0])
+def test_a_range_of_rho_with_plain_training_dashed(recommended):
+    rows = np.arange(21.0).reshape(7, 3) / 10  # rho is 0.0, 0.1, 0.2
+    found = RhoRange(*rows, initial_val_loss=2.0, recommended=recommended)
+    left, middle, right, cosine = plots.rho_range(found).axes
+    assert drawn(left)["validation loss"] == [[0.1, 0.4], [0.2, 0.5]]
+    assert drawn(left)["training loss"] == [[0.1, 0.7], [0.2, 0.8]]
+    assert drawn(middle)["sharpness"] == [[0.1, 1.0], [0.2, 1.1]]
+    assert drawn(right)["rise of the loss"] == [[0.1, 1.3], [0.2, 1.4]]
+    assert drawn(right)["if it were linear"] == [[0.1, 1.6], [0.2, 1.7]]
+    assert drawn(cosine)["cosine"] == [[0.1, 1.9], [0.2, 2.0]]
+    dashed = [line.get_ydata() for line in left.get_lines() if line.get_linestyle() == "--"]
+    assert [values[0] for values in dashed] == [0.3, 0.6]
+    vertical = [line.get_xdata()[0] for line in left.get_lines() if line.get_color() == "black"]
+    assert vertical == ([0.1] if recommended else [])
+    assert f"rho = {recommended:.3g}" in left.get_title()
 
 
 def test_the_history_of_eigenvalues():

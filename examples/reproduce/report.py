@@ -134,6 +134,16 @@ CLAIMS = [
         ((1, 2),),
     ),
     Claim(
+        "SAM has a lower test loss than SGD",
+        "no published figure",
+        "-",
+        "sam_vs_sgd",
+        "loss",
+        "sam",
+        "sgd",
+        ONCE_TWICE,
+    ),
+    Claim(
         "ASAM has a lower test error than SAM",
         f"{ASAM}; the figures: {PORT}",
         "2.55 % against 2.86 %",
@@ -220,7 +230,10 @@ def mean_and_error(values):
 
 def text_of(values, number):
     mean, error = mean_and_error(values)
-    return f"{mean:.{number.digits}f} ± {error:.{number.digits}f}{number.unit}"
+    digits = number.digits
+    if error > 0:  # at least one digit of it
+        digits = max(digits, -math.floor(math.log10(error)))
+    return f"{mean:.{digits}f} ± {error:.{digits}f}{number.unit}"
 
 
 def verdict(better, worse, lower_is_better):
@@ -441,6 +454,12 @@ def _moons_picture(content):
     figure, ((left, right),) = _panels(1, 2, width=4.6)
     for panel, name, scale in ((left, "accuracy", 100), (right, "loss", 1)):
         _dots(panel, content, name)
+        published = {"gsam": (85.7, 0.33), "adaptive_gsam": (89.0, 0.27)}
+        for i, method in enumerate(NAMES):
+            if method in published:
+                value = published[method][scale == 1]
+                label = "published" if method == "gsam" else None
+                panel.plot(value, i, "x", color=f"C{i}", ms=8, label=label)
         known = {"best possible": ("bayes", "-"), "straight line": ("line", "--")}
         for label, (key, style) in known.items():
             if key in content:
@@ -457,22 +476,16 @@ def _mnist_picture(content):
         for method, color in (("gsam", "C3"), ("adaptive_gsam", "C4")):
             runs = entries(content, stage=name, method=method)
             values = sorted({e["setting"][name] for e in runs})
-            for part, style in (("test_accuracy", "-"),):
-                curves = [
-                    [100 * e[part] for e in runs if e["setting"][name] == value] for value in values
-                ]
-                low, high = ([f(curve) for curve in curves] for f in (np.min, np.max))
-                panel.plot(
-                    values,
-                    [np.mean(curve) for curve in curves],
-                    style,
-                    marker="o",
-                    color=color,
-                    label=NAMES[method],
-                )
-                panel.fill_between(values, low, high, color=color, alpha=0.15, lw=0)
+            curves = [
+                [100 * e["test_accuracy"] for e in runs if e["setting"][name] == value]
+                for value in values
+            ]
+            low, high = ([f(curve) for curve in curves] for f in (np.min, np.max))
+            mean = [np.mean(curve) for curve in curves]
+            panel.plot(values, mean, marker="o", color=color, label=NAMES[method])
+            panel.fill_between(values, low, high, color=color, alpha=0.15, lw=0)
         panel.set(xlabel=name, ylabel="test accuracy, %", xscale="log")
-    middle.legend(frameon=False)
+    middle.legend(frameon=False, loc="center left")
     return figure
 
 
