@@ -53,7 +53,7 @@ def load_text():
     rng = np.random.default_rng(args.seed)
     parts = [[], []]  # for training, for testing
     for _, text, label in texts:
-        words = re.findall(r"[a-z]+|[^\sa-z]", NAMES.sub(" ", text.lower()))
+        words = re.findall(r"\w+|[^\s\w]", NAMES.sub(" ", text.lower()))
         pieces = [words[i : i + LENGTH] for i in range(0, len(words) - LENGTH, LENGTH)]
         parts[int(rng.random() < 0.25)] += [(piece, label) for piece in pieces[:8]]
     counts = Counter(word for piece, _ in parts[0] for word in piece)

@@ -1,5 +1,6 @@
 """The examples run as a user would run them, in a small setting."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -8,6 +9,8 @@ import sys
 import keras
 import numpy as np
 import pytest
+
+from tests.distributed.launch import Processes, free_ports
 
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -77,8 +80,168 @@ def test_see_the_sharpness_prints_its_table_and_saves_its_pictures(tmp_path):
         assert path.stat().st_size > 5_000
 
 
+# The others run on one backend each: mostly on PyTorch, which compiles nothing, to spare the
+# time. The one of KerasHub, where much depends on the backend, runs on all.
+BACKEND = keras.backend.backend()
+
+
+def only_on(backend):
+    return pytest.mark.skipif(backend != BACKEND, reason=f"runs on {backend}")
+
+
+def run_quickly(script, *arguments, cwd, **data):
+    """Run with `--quick`, on small images; check the picture; the lines of the output."""
+    rng = np.random.default_rng(0)
+    for name, shape in data.items():
+        arrays = {"x_train": 200, "x_test": 100}
+        arrays = {k: rng.integers(0, 256, (n, *shape)).astype("uint8") for k, n in arrays.items()}
+        labels = {"y_train": np.arange(200) % 10, "y_test": np.arange(100) % 10}
+        np.savez(cwd / f"{name}.npz", **arrays, **labels)
+    (cwd / "fake.py").write_text(FAKES.format(examples=str(EXAMPLES)))
+    done = start([cwd / "fake.py", EXAMPLES / script, "--quick", *arguments], cwd)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Backend: {BACKEND}")
+    picture = (cwd / "results" / script).with_suffix(".png")
+    assert picture.stat().st_size > 10_000
+    return done.stdout
+
+
+#: Runs a script as the command line would, where a network is there or not: downloads are
+#: faked at their edge, and what the script asks for is printed.
+FAKES = """
+import os, runpy, sys
+
+sys.path.insert(0, {examples!r})
+os.environ["KERAS_SHARP_DATA"] = os.getcwd()
+import datasets
+
+online = "--online" in sys.argv
+datasets.is_online = lambda *host: online
+sys.argv = [a for a in sys.argv[1:] if a != "--online"]
+script = sys.argv[0]
+
+
+def from_preset(make):
+    def fake(preset, **kwargs):
+        print("from_preset", preset, kwargs)
+        return make()
+    return fake
+
+
+if online and "hub" in script:
+    import keras_hub
+
+    def task():
+        backbone = keras_hub.models.ResNetBackbone(
+            [64], [3], [64], [1], [1], "basic_block", image_shape=(28, 28, 3)
+        )
+        scale = keras_hub.layers.ResNetImageConverter(image_size=(28, 28), scale=1 / 255)
+        return keras_hub.models.ResNetImageClassifier(
+            backbone, 5, preprocessor=keras_hub.models.ResNetImageClassifierPreprocessor(scale)
+        )
+
+    keras_hub.models.ImageClassifier.from_preset = from_preset(task)
+if online and "cv" in script:
+    import keras_cv
+
+    keras_cv.models.MobileNetV3Backbone.from_preset = from_preset(
+        lambda: keras_cv.models.MobileNetV3Backbone(
+            stackwise_expansion=[1],
+            stackwise_filters=[16],
+            stackwise_kernel_size=[3],
+            stackwise_stride=[2],
+            stackwise_se_ratio=[None],
+            stackwise_activation=["relu"],
+            include_rescaling=True,
+            input_shape=(32, 32, 3),
+        )
+    )
+if online and "tfds" in script:
+    import tensorflow_datasets as tfds
+
+    with tfds.testing.mock_data(num_examples=128):
+        runpy.run_path(script, run_name="__main__")
+else:
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="nothing in it is of a backend")
+def test_a_task_of_keras_hub_is_tuned(tmp_path):
+    out = run_quickly(
+        "fine_tune_keras_hub.py", "--dataset", "fashion_mnist", cwd=tmp_path, fashion_mnist=(28, 28)
+    )
+    assert "No network: pre-training" in out
+    assert "SGD: test accuracy" in out
+    assert "SAM: test accuracy" in out
+
+
+@pytest.mark.slow
+@only_on("torch")
+def test_with_a_network_the_task_comes_from_a_preset(tmp_path):
+    out = run_quickly("fine_tune_keras_hub.py", "--online", cwd=tmp_path, fashion_mnist=(28, 28))
+    assert out.count("from_preset resnet_18_imagenet {'num_classes': 5}") == 2
+    assert "pre-training" not in out
+
+
+@pytest.mark.slow
+@only_on("torch")
+@pytest.mark.parametrize("online", [[], ["--online"]], ids=["offline", "online"])
+def test_a_backbone_of_keras_cv_is_tuned(online, tmp_path):
+    out = run_quickly("fine_tune_keras_cv.py", *online, cwd=tmp_path, fashion_mnist=(28, 28))
+    assert ("No network: pre-training" in out) != bool(online)
+    assert out.count("from_preset mobilenet_v3_small_imagenet {}") == 2 * len(online)
+    assert "SAM: test accuracy" in out
+
+
+CIFAR = ["--data-dir", "tfds", "--width", "4", "--batch-size", "32"]
+
+
+@pytest.mark.slow
+@only_on("torch")
+def test_cifar10_at_hand_is_read_through_tensorflow_datasets(tmp_path):
+    out = run_quickly("cifar10_tfds.py", *CIFAR, cwd=tmp_path, cifar10=(32, 32, 3))
+    assert "Data: cifar10.npz, as a TFDS data set cifar10_local_200_100" in out
+    written = tmp_path / "tfds" / "cifar10_local_200_100" / "1.0.0"
+    assert (written / "dataset_info.json").exists()
+    assert "GSAM  epoch  1" in out
+
+
+@pytest.mark.slow
+@only_on("torch")
+def test_with_a_network_cifar10_is_the_real_one(tmp_path):
+    out = run_quickly("cifar10_tfds.py", *CIFAR, "--online", "--augment", "cutmix", cwd=tmp_path)
+    assert "Data: cifar10 of TensorFlow Datasets" in out
+    assert "GSAM  epoch  1" in out
+    assert not (tmp_path / "tfds" / "cifar10_local_200_100").exists()
+
+
+@pytest.mark.slow
+@only_on("jax")
+def test_a_transformer_reads_the_documentation(tmp_path):
+    out = run_quickly("text_transformer.py", "--dim", "16", cwd=tmp_path)
+    assert "Data: 200 pieces for training, 100 for testing" in out
+    assert "GSAM  epoch  1" in out
+
+
+@pytest.mark.slow
+@only_on("torch")
+def test_regression_and_two_outputs(tmp_path):
+    out = run_quickly("regression_and_multi_output.py", cwd=tmp_path)
+    rows = [line.split() for line in out.splitlines() if "diabetes" in line]
+    assert [row[0] for row in rows] == ["Adam", "SAM", "ASAM"]
+
+
+@pytest.mark.slow
+@only_on("torch")
+def test_a_method_of_ones_own(tmp_path):
+    out = run_quickly("custom_method.py", cwd=tmp_path)
+    rows = [line for line in out.splitlines() if line.startswith("mixture")]
+    assert len({row.split(":")[1] for row in rows}) == 3
+
+
+@pytest.mark.slow
+@only_on("torch")
 def test_choose_rho_recommends_one_and_trains_with_it(tmp_path):
     small = ["--dataset", "digits", "--train", "600", "--epochs", "20", "--method", "asam"]
     done = run("choose_rho.py", *small, cwd=tmp_path)
@@ -105,6 +268,34 @@ def test_the_distributed_example_runs_on_one_machine(tmp_path):
     assert len(losses) == (2 if backend == "torch" else 1)
     assert len(set(losses)) == 1
     assert float(losses[0]) < 1.5
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="torchrun makes two already")
+@pytest.mark.slow
+def test_the_distributed_example_runs_in_two_processes(tmp_path):
+    backend = keras.backend.backend()
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+
+    def variables(rank):
+        task = {"type": "worker", "index": rank}
+        return {
+            "tensorflow": {
+                "TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task})
+            },
+            "jax": {
+                "KERAS_DISTRIBUTION_JOB_ADDRESSES": addresses[0],
+                "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+                "KERAS_DISTRIBUTION_PROCESS_ID": str(rank),
+            },
+        }[backend]
+
+    script = EXAMPLES / "distributed" / f"train_{backend}.py"
+    with Processes(lambda rank: [script], 2, tmp_path, variables) as processes:
+        assert processes.wait(timeout=200) == [0, 0], processes.output()
+        lines = [path.read_text().splitlines()[-1] for path in processes.outputs]
+    assert lines[0] == lines[1]
+    assert "2 devices" in lines[0] or "one of 2 replicas" in lines[0]
+    assert float(lines[0].split()[-1]) < 1.5
 
 
 @pytest.fixture

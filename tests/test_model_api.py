@@ -553,3 +553,59 @@ def test_a_separable_problem_is_learned(method):
         warnings.filterwarnings("error", message=".*skipped")
         wrapper.fit(x[:90], y[:90], batch_size=30, epochs=25, verbose=0)
     assert wrapper.evaluate(x[90:], y[90:], verbose=0, return_dict=True)["accuracy"] > 0.95
+
+
+# Compiling as the wrapped model does
+
+
+class OwnCompile(keras.Model):
+    """A model with defaults of its own, and one more argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(1)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def compile(self, optimizer="auto", loss="mse", *, metrics=None, factor=1, **kwargs):
+        self.factor = factor
+        optimizer = "adam" if optimizer == "auto" else optimizer
+        super().compile(optimizer, loss, metrics=metrics or ["mae"], **kwargs)
+
+
+def test_a_model_with_a_compile_of_its_own_is_compiled_by_it():
+    inner = OwnCompile()
+    model = SharpnessAwareModel(inner)
+    model.compile(factor=3, run_eagerly=True)
+    assert isinstance(model.optimizer, keras.optimizers.Adam)
+    assert model.optimizer is inner.optimizer
+    assert (model.loss, inner.factor, model.run_eagerly) == ("mse", 3, True)
+    x, y = models.regression()
+    assert sorted(model.fit(x, y, verbose=0).history) == ["loss", "mae", "rho"]
+    config = model.get_compile_config()
+    assert config["metrics"] == ["mae"]
+
+
+def test_outputs_are_known_by_their_names():
+    """As in the plain model: losses and metrics of a list of outputs, by the names."""
+
+    def make():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((3,))
+        return keras.Model(inputs, [layers.Dense(1, name=name)(inputs) for name in ("a", "b")])
+
+    x, y = models.regression()
+    histories = []
+    for model in (make(), SharpnessAwareModel(make(), None)):
+        model.compile(
+            "sgd",
+            loss={"a": "mse", "b": "mae"},
+            loss_weights={"a": 1.0, "b": 3.0},
+            metrics={"b": ["mse"]},
+        )
+        histories.append(model.fit(x, [y, 2 * y], shuffle=False, verbose=0).history)
+    plain, wrapped = histories
+    assert sorted(wrapped) == sorted(plain)
+    for name, expected in plain.items():
+        assert wrapped[name] == pytest.approx(expected, rel=1e-5)

@@ -122,6 +122,9 @@ class HessianOperator(_Operator):
     gradients, and memory holds one batch at a time. So a `batch_size` below
     the number of examples saves memory. The result is the same.
 
+    On several devices, the data are those of all of them, with one message per
+    product: see `docs/scaling.md`.
+
     Vectors are flat NumPy arrays. SciPy's solvers take the operator as well,
     through `scipy.sparse.linalg.aslinearoperator`.
 

@@ -62,9 +62,10 @@ class Processes:
         command: function of the rank that gives the arguments of Python.
         number: Integer, how many processes.
         folder: where their output goes.
+        variables: function of the rank that gives environment variables. Defaults to none.
     """
 
-    def __init__(self, command, number, folder):
+    def __init__(self, command, number, folder, variables=lambda rank: {}):
         self.folder = pathlib.Path(folder)
         self.outputs = [self.folder / f"output_{rank}.txt" for rank in range(number)]
         self.all = []
@@ -74,7 +75,7 @@ class Processes:
                     subprocess.Popen(
                         [sys.executable, *map(str, command(rank))],
                         cwd=ROOT,
-                        env=environment(),
+                        env={**environment(), **variables(rank)},
                         stdout=file,
                         stderr=subprocess.STDOUT,
                         start_new_session=True,

@@ -65,8 +65,6 @@ def cases(backend, topology):
     # A sharded batch of JAX must divide by the number of devices; only on TensorFlow
     # is there something to see about XLA.
     left_out = {"jax": ("uneven", "jit"), "tensorflow": (), "torch": ("jit",)}[backend]
-    if "DIST" in os.environ:
-        names = [n for n in names if n in os.environ["DIST"].split()]  # DEV
     return [name for name in names if not name.startswith(left_out)]
 
 
@@ -143,10 +141,19 @@ def fit(wrapper, x, y, batch_size=BATCH, epochs=1, evaluate=False, watched=False
 
 
 class Place:
-    """Where this process stands in its topology."""
+    """Where this process stands in its topology.
 
-    def __init__(self, topology, rank, ports):
+    Args:
+        topology: its name.
+        rank: the number of this process.
+        ports: those of the processes.
+        timeout: Integer, how many seconds without a word from another process are too many.
+            Defaults to `100`, as in JAX.
+    """
+
+    def __init__(self, topology, rank, ports, timeout=100):
         self.topology, self.rank, self.ports = topology, int(rank), ports.split(",")
+        self.timeout = timeout
         self.backend = os.environ["KERAS_BACKEND"]
         self.num_devices, self.num_processes = TOPOLOGIES[self.backend][topology]
         self.strategy = None
@@ -179,8 +186,11 @@ class Place:
 
         keras_distribution = keras.distribution
         if self.topology == "processes":
+            # As `keras.distribution.initialize` does, which does not take the time.
             address = f"127.0.0.1:{self.ports[0]}"
-            keras_distribution.initialize(address, num_processes=2, process_id=self.rank)
+            jax.distributed.initialize(
+                address, 2, self.rank, heartbeat_timeout_seconds=self.timeout
+            )
         else:
             jax.config.update("jax_num_cpu_devices", 4)
         if self.topology == "model_parallel":
@@ -321,6 +331,8 @@ def main(topology, rank, ports, folder):
     import keras
     import numpy as np
 
+    from keras_sharp import curvature
+
     start, folder, written = pathlib.Path(folder), pathlib.Path(folder) / topology, {}
 
     def write(name, wrapper, history):
@@ -341,6 +353,9 @@ def main(topology, rank, ports, folder):
         # In the scope of a strategy, so are the callbacks.
         with place.scope() if "watched" in name else contextlib.nullcontext():
             history = fit(wrapper, *place.share(*data(name)), **options_of(name))
+        if "watched" in name and place.strategy:
+            found = curvature.eigenvalues(wrapper, *data(name), k=2).values
+            history["outside_of_the_scope"] = found
         write(name, wrapper, history)
         if name == "sam-global":  # All processes of JAX must take part in saving.
             wrapper.save(folder / f"from_many_{place.rank}.keras")
