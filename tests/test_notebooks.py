@@ -34,7 +34,7 @@ RUNS_ON = {
 SILENT = {
     "quickstart": {"install", "valley"},
     "see_the_sharpness": {"install"},
-    "which_method_which_rho": {"install", "train"},
+    "which_method_which_rho": {"install"},
     "fine_tune_keras_hub": {"install"},
     "many_devices": {"install", "settings", "compare", "tpu"},
 }
