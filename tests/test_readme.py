@@ -30,6 +30,26 @@ def blocks(text):
     return found
 
 
+@pytest.fixture
+def small_presets(monkeypatch):
+    """In place of a download: a small network with the preprocessor of the big one."""
+    import keras_hub
+
+    def from_preset(preset, num_classes):
+        assert preset in keras_hub.models.ResNetBackbone.presets
+        backbone = keras_hub.models.ResNetBackbone(
+            [64], [3], [64], [1], [1], "basic_block", image_shape=(32, 32, 3)
+        )
+        converter = keras_hub.layers.ResNetImageConverter(image_size=(32, 32), scale=1 / 255)
+        preprocessor = keras_hub.models.ResNetImageClassifierPreprocessor(converter)
+        return keras_hub.models.ResNetImageClassifier(
+            backbone, num_classes, preprocessor=preprocessor
+        )
+
+    monkeypatch.setattr(keras_hub.models.ImageClassifier, "from_preset", from_preset)
+
+
+@pytest.mark.usefixtures("small_presets")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
