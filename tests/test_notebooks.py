@@ -18,14 +18,13 @@ sys.path.insert(0, str(FOLDER))
 import run as runner  # noqa: E402
 
 #: Where each one runs in its small setting. Each was run on all three backends
-#: when it was stored; here it would take minutes more, most of them for
-#: compiling. Many devices has a part for each backend; TensorFlow Datasets
-#: has TensorFlow loaded already; and PyTorch, which compiles nothing, takes
-#: the others but for the one whose Hessians JAX computes sooner.
+#: when it was written; here that would take minutes more, most of them for
+#: compiling. Many devices has a part for each backend; the others go where they
+#: are quick, or, with TensorFlow Datasets, where TensorFlow is loaded already.
 RUNS_ON = {
     "quickstart": ["torch"],
-    "see_the_sharpness": ["jax"],
-    "which_method_which_rho": ["torch"],
+    "see_the_sharpness": ["torch"],
+    "which_method_which_rho": ["jax"],
     "fine_tune_keras_hub": ["tensorflow"],
     "many_devices": ["tensorflow", "jax", "torch"],
 }
@@ -34,7 +33,7 @@ RUNS_ON = {
 SILENT = {
     "quickstart": {"install", "valley"},
     "see_the_sharpness": {"install"},
-    "which_method_which_rho": {"install", "train"},
+    "which_method_which_rho": {"install"},
     "fine_tune_keras_hub": {"install"},
     "many_devices": {"install", "settings", "compare", "tpu"},
 }
@@ -120,7 +119,7 @@ def test_outputs_are_stored_from_one_run_of_this_source(name):
     assert notebook.metadata.keras_sharp.source == runner.fingerprint(notebook)
     assert {cell.id for cell in cells if not cell.outputs} == SILENT[name]
     assert not any(o.output_type == "error" for cell in cells for o in cell.outputs)
-    assert sum(bool(pictures(cell)) for cell in cells) >= 4
+    assert sum(bool(pictures(cell)) for cell in cells) >= 3
 
 
 @each_notebook
