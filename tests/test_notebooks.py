@@ -1,9 +1,9 @@
 """The notebooks run from top to bottom, and what is stored in them is what they show."""
 
+import importlib.util
 import json
 import pathlib
 import re
-import sys
 
 import nbclient
 import nbformat
@@ -13,9 +13,10 @@ import pytest
 from tests.models import BACKEND
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "examples" / "notebooks"
-sys.path.insert(0, str(FOLDER))
-
-import run as runner  # noqa: E402
+# By its path: pytest has loaded tests/run.py by the name of `run`.
+_spec = importlib.util.spec_from_file_location("notebook_runner", FOLDER / "run.py")
+runner = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(runner)
 
 #: Where each one runs in its small setting. Each was run on all three backends
 #: when it was written; here that would take minutes more, most of them for
