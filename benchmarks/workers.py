@@ -49,7 +49,7 @@ WORKERS = {
     "torch": Worker(None, "torch", "torch", False),
     "tf_keras": Worker("tf_keras", "tf_keras", None, False, ("sam", "sam_4_parts")),
     "tf_keras-jit": Worker("tf_keras", "tf_keras", None, True, ("sam", "sam_4_parts")),
-    "pytorch_optimizer": Worker("pytorch_optimizer", "torch", None, False, ("sam", "gsam")),
+    "pytorch_optimizer": Worker("pytorch_optimizer", "torch", None, False, ("sam", "asam", "gsam")),
     "optax": Worker("optax", "jax", None, True, ("sam",)),
 }
 
@@ -271,9 +271,9 @@ def _pytorch_optimizer(name, worker, wanted, data):
 
         return step
 
-    def sam(network):
+    def sam(network, adaptive=False):
         optimizer = pytorch_optimizer.SAM(
-            network.parameters(), torch.optim.SGD, rho=RHO, **hyperparameters
+            network.parameters(), torch.optim.SGD, rho=RHO, adaptive=adaptive, **hyperparameters
         )
 
         def step(x, y):
@@ -303,7 +303,10 @@ def _pytorch_optimizer(name, worker, wanted, data):
 
         return step
 
-    makers = {"plain": plain, "fb": forward_backward, "sam": sam, "gsam": gsam}
+    def asam(network):
+        return sam(network, adaptive=True)
+
+    makers = {"plain": plain, "fb": forward_backward, "sam": sam, "asam": asam, "gsam": gsam}
     contestants = {}
     for contestant, make in makers.items():
         if contestant in wanted:

@@ -322,7 +322,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, *args, **kwargs
     ):
         """The loss and the metrics of the wrapped model, as `keras.Model.evaluate` does."""
-        if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has preprocessed it already.
+        if not engine.is_validation_of_fit(kwargs):  # `fit` has preprocessed it already.
             x, y, sample_weight = preprocess_data(self.model, (x, y, sample_weight), batch_size)
         return super().evaluate(x, y, batch_size, verbose, sample_weight, *args, **kwargs)
 

@@ -120,6 +120,8 @@ def rho_range_test(
         ValueError: if the model is not such a model, or the data do not fit
             it; if an argument is not one of these. Where the model learns with
             none of the radii, a warning says so, and the recommendation is 0.
+            Where it learns with all of them, another says that the range ends
+            too early.
 
     Example:
 
@@ -129,7 +131,7 @@ def rho_range_test(
     >>> x = np.random.normal(size=(64, 4))
     >>> y = x @ np.ones((4, 1))
     >>> found = keras_sharp.rho_range_test(
-    ...     model, x[:48], y[:48], validation_data=(x[48:], y[48:]), rhos=[0.01, 0.1], verbose=0
+    ...     model, x[:48], y[:48], validation_data=(x[48:], y[48:]), rhos=[0.01, 0.1, 9.0], verbose=0
     ... )
     >>> found.recommended in (0.01, 0.1)
     True
@@ -180,6 +182,12 @@ def _recommend(rho, val_loss, initial, tolerance):
         warnings.warn(
             f"{problem}, in this short training. The recommendation is 0, no adversary. Test with "
             "more `epochs`, or with smaller `rhos`.",
+            stacklevel=3,
+        )
+    elif recommended == rho[-1]:
+        warnings.warn(
+            f"The largest rho of the test, {recommended:g}, is recommended: the model learns well "
+            "with all of them, and the best may be larger. Test with larger `rhos`.",
             stacklevel=3,
         )
     return float(recommended)

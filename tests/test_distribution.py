@@ -210,9 +210,7 @@ def by_hand(case, num_replicas):
     return values(model.weights), {}
 
 
-@pytest.mark.parametrize(
-    ("topology", "case"), [a for a in ALL if "replica" in a[1] and "long" not in a[1]]
-)
+@pytest.mark.parametrize(("topology", "case"), [a for a in ALL if "replica" in a[1]])
 @slow
 def test_replica_scope_equals_m_sharpness_by_hand(outcome, topology, case):
     found = outcome(topology)
@@ -223,9 +221,10 @@ def test_replica_scope_equals_m_sharpness_by_hand(outcome, topology, case):
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @slow
 def test_replicas_are_equal_to_the_bit(outcome, topology):
-    """Weights, statistics, optimizer and logs of every case; one trains for 50 steps."""
+    """Weights, statistics, optimizer and logs of every case; of every method after 50 steps."""
     found = outcome(topology)
-    for case in [*worker.cases(BACKEND, topology), "continued"]:
+    longer = [f"{case}, 50 steps" for case in worker.EVERY_METHOD]
+    for case in [*worker.cases(BACKEND, topology), *longer, "continued"]:
         for key in found.keys(case):
             first, *others = found.replicas(case, key)
             for other in others:

@@ -346,3 +346,17 @@ def test_a_task_with_a_fit_of_its_own_is_refused():
     task.__class__ = OwnFit
     with pytest.raises(ValueError, match=r"`fit` of its own.*the class OwnFit"):
         SharpnessAwareModel(task)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="to a format of TensorFlow")
+def test_exported_it_takes_what_the_preprocessor_makes_as_the_task_does(tmp_path):
+    import tensorflow as tf
+
+    model, task = wrap(image_task()), image_task()
+    prepared = np.asarray(task.preprocessor(X))
+    served = []
+    for name, exported in {"wrapped": model, "task": task}.items():
+        exported.export(tmp_path / name, format="tf_saved_model", verbose=False)
+        served.append(tf.saved_model.load(str(tmp_path / name)).serve(prepared))
+    assert_same(*served)
+    assert_same(served[0], model.predict(X, verbose=0))

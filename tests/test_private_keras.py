@@ -94,6 +94,21 @@ def test_data_adapter_reads_arrays_in_batches_again_and_again():
         assert [len(b[0]) for b in batches] == [4, 2], "see data_adapter"
 
 
+def test_is_validation_of_fit_tells_who_calls_evaluate():
+    calls = []
+
+    class Model(keras.Sequential):
+        def evaluate(self, *args, **kwargs):
+            calls.append(_keras.is_validation_of_fit(kwargs))
+            return super().evaluate(*args, **kwargs)
+
+    model, x, y = Model([layers.Dense(1)]), np.ones((4, 3)), np.ones((4, 1))
+    model.compile("sgd", "mse")
+    model.fit(x, y, validation_data=(x, y), verbose=0)
+    model.evaluate(x, y, verbose=0)
+    assert calls == [True, False], "see is_validation_of_fit"
+
+
 def test_has_mask_tells_what_a_layer_has_masked():
     x = keras.ops.convert_to_tensor(np.array([[[1.0], [0.0]]], "float32"))
     assert _keras.has_mask(layers.Masking()(x)), "see has_mask"

@@ -120,6 +120,12 @@ def test_where_no_rho_is_cheap_a_warning_says_so():
         assert _recommend(rho, np.full(3, math.nan), 1.0, 0.1) == 0
 
 
+def test_where_all_rhos_are_cheap_a_warning_says_that_the_range_ends_too_early():
+    rho, losses = np.array([0.0, 0.01, 0.1]), np.array([1.0, 0.9, 0.95])
+    with pytest.warns(UserWarning, match=r"largest rho of the test, 0\.1, .*larger `rhos`"):
+        assert _recommend(rho, losses, 2.0, 0.1) == 0.1
+
+
 # That it leaves no trace
 
 

@@ -75,6 +75,8 @@ class Trainer:
             keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=weight_decay),
             loss,
             metrics=["accuracy"],
+            # On a CPU, the convolutions of XLA are slower than those of TensorFlow itself.
+            jit_compile="auto" if keras.backend.backend() == "jax" else False,
         )
         self._method = "sgd"
         # The first `fit` of a model builds it, which draws random numbers. After this, a seed

@@ -252,7 +252,8 @@ def conditions(content):
 
 
 def lengths(content):
-    return sorted({run["epochs"] for run in content["runs"]})
+    """The lengths of the trainings with the chosen settings, in epochs."""
+    return sorted({run["epochs"] for run in entries(content, stage="final")})
 
 
 # Tables

@@ -97,6 +97,12 @@ def data_adapter(x, y, sample_weight, batch_size):
     return get_data_adapter(x, y, sample_weight, batch_size=batch_size)
 
 
+def is_validation_of_fit(kwargs):
+    """Whether `fit` has called `evaluate` with these arguments, on its validation data."""
+    # There is no public sign, and a preprocessor must not see the same data twice.
+    return bool(kwargs.get("_use_cached_eval_dataset"))
+
+
 def has_mask(tensor):
     """Whether a layer has masked this prediction: the loss leaves some of it out."""
     return backend.get_keras_mask(tensor) is not None
