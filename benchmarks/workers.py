@@ -20,8 +20,9 @@ import networks
 LEARNING_RATE, MOMENTUM, RHO, PARTS = 1e-3, 0.9, 0.05, 4
 
 OURS = ("sam", "asam", "gsam", "adaptive_gsam", "bsam", "sam_4_parts")
-#: The contestants that the others are compared with; they always run.
-BASELINES = ("plain", "fb")
+#: The contestants that the others are compared with; they always run. `fb` is one forward and
+#: backward pass, `fb_twice` two of them in one compiled function, the second at other weights.
+BASELINES = ("plain", "fb", "fb_twice")
 
 
 class Worker(NamedTuple):
@@ -131,12 +132,14 @@ def _ours(name, worker, wanted, data):
                 parts = PARTS if contestant == "sam_4_parts" else 1
                 model = keras_sharp.SharpnessAwareModel(model, method, parts)
             contestants[contestant] = _fit(keras, model, worker.jit, name, data)
-    if "fb" in wanted:
-        forward_backward = {"tensorflow": _fb_tensorflow, "jax": _fb_jax, "torch": _fb_torch}
-        network = networks.keras_network(name, keras)
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        batch = [a[: networks.WORKLOADS[name].batch_size] for a in data]
-        contestants["fb"] = forward_backward[worker.backend](network, loss, batch, worker.jit)
+    forward_backward = {"tensorflow": _fb_tensorflow, "jax": _fb_jax, "torch": _fb_torch}
+    twice = {"tensorflow": _fb_twice_tensorflow, "jax": _fb_twice_jax, "torch": _fb_twice_torch}
+    for contestant, passes in {"fb": forward_backward, "fb_twice": twice}.items():
+        if contestant in wanted:
+            network = networks.keras_network(name, keras)
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            batch = [a[: networks.WORKLOADS[name].batch_size] for a in data]
+            contestants[contestant] = passes[worker.backend](network, loss, batch, worker.jit)
     return contestants
 
 
@@ -209,6 +212,79 @@ def _fb_torch(network, loss, batch, jit):
     def run(steps):
         for _ in range(steps):
             torch.autograd.grad(loss(y, network(x, training=True)), weights)
+
+    return run
+
+
+def _fb_twice_tensorflow(network, loss, batch, jit):
+    import tensorflow as tf
+
+    x, y = map(tf.constant, batch)
+
+    def gradient(weights, x, y):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(weights)
+            logits, _ = network.stateless_call(
+                weights, network.non_trainable_variables, x, training=True
+            )
+            value = loss(y, logits)
+        return value, tape.gradient(value, weights)
+
+    @tf.function(jit_compile=jit)
+    def forward_backward(x, y):
+        weights = [tf.convert_to_tensor(v.value) for v in network.trainable_variables]
+        _, g = gradient(weights, x, y)
+        return gradient([w + 1e-3 * d for w, d in zip(weights, g, strict=True)], x, y)
+
+    def run(steps):
+        for _ in range(steps):
+            value, _ = forward_backward(x, y)
+        value.numpy()
+
+    return run
+
+
+def _fb_twice_jax(network, loss, batch, jit):
+    import jax
+    import jax.numpy as jnp
+
+    x, y = map(jnp.asarray, batch)
+
+    def value(weights, state, x, y):
+        logits, state = network.stateless_call(weights, state, x, training=True)
+        return loss(y, logits), state
+
+    @jax.jit
+    def forward_backward(weights, state, x, y):
+        (_, new_state), g = jax.value_and_grad(value, has_aux=True)(weights, state, x, y)
+        moved = [w + 1e-3 * d for w, d in zip(weights, g, strict=True)]
+        return new_state, jax.value_and_grad(value, has_aux=True)(moved, state, x, y)
+
+    weights = [v.value for v in network.trainable_variables]
+    state = [v.value for v in network.non_trainable_variables]
+
+    def run(steps):
+        for _ in range(steps):
+            out = forward_backward(weights, state, x, y)
+        jax.block_until_ready(out)
+
+    return run
+
+
+def _fb_twice_torch(network, loss, batch, jit):
+    import torch
+
+    x, y = map(torch.as_tensor, batch)
+    weights = [v.value for v in network.trainable_variables]
+
+    def run(steps):
+        for _ in range(steps):
+            g = torch.autograd.grad(loss(y, network(x, training=True)), weights)
+            with torch.no_grad():
+                torch._foreach_add_(weights, g, alpha=1e-3)
+            torch.autograd.grad(loss(y, network(x, training=True)), weights)
+            with torch.no_grad():
+                torch._foreach_sub_(weights, g, alpha=1e-3)
 
     return run
 

@@ -127,14 +127,15 @@ def rho_range_test(
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     >>> model = keras_sharp.SharpnessAwareModel(model, "sam")
-    >>> model.compile("sgd", "mse")
+    >>> model.compile(keras.optimizers.SGD(0.1), "mse")
     >>> x = np.random.normal(size=(64, 4))
     >>> y = x @ np.ones((4, 1))
+    >>> train, validation = (x[:48], y[:48]), (x[48:], y[48:])
     >>> found = keras_sharp.rho_range_test(
-    ...     model, x[:48], y[:48], validation_data=(x[48:], y[48:]), rhos=[0.01, 0.1, 9.0], verbose=0
+    ...     model, *train, validation_data=validation, rhos=[0.1, 10.0], batch_size=8, verbose=0
     ... )
-    >>> found.recommended in (0.01, 0.1)
-    True
+    >>> found.recommended
+    0.1
     >>> model.method.rho = found.recommended
     """
     rhos = _check(model, rhos, epochs, tolerance, verbose)
