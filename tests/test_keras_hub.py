@@ -357,6 +357,7 @@ def test_exported_it_takes_what_the_preprocessor_makes_as_the_task_does(tmp_path
     served = []
     for name, exported in {"wrapped": model, "task": task}.items():
         exported.export(tmp_path / name, format="tf_saved_model", verbose=False)
-        served.append(tf.saved_model.load(str(tmp_path / name)).serve(prepared))
+        loaded = tf.saved_model.load(str(tmp_path / name))
+        served.append(loaded.serve(prepared))
     assert_same(*served)
     assert_same(served[0], model.predict(X, verbose=0))
