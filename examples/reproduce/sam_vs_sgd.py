@@ -26,7 +26,7 @@ SETTINGS = {
     "validation": 100 if args.quick else 5000,
     "test": 100 if args.quick else 10_000,
     "width": 4 if args.quick else 12,
-    "epochs": [1, 2] if args.quick else [8, 16],
+    "epochs": [1, 2] if args.quick else [6, 12],
     "batch_size": 25 if args.quick else 128,
     "weight_decay": 5e-4,
     "searched": 1 if args.quick else 3,
