@@ -315,3 +315,17 @@ def test_a_sum_in_parts_forgets_no_entry(length):
 
     entries = ops.convert_to_tensor(2.0 ** np.arange(length), dtype="float32")
     assert float(_tensorflow._sum_in_parts(entries)) == 2.0**length - 1
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a detour of the TensorFlow engine")
+@pytest.mark.parametrize("length", [100, 5003])
+def test_with_xla_short_and_long_sums_are_right(length):
+    from keras_sharp.engine import _tensorflow
+
+    x, y = np.random.default_rng(0).normal(size=(2, length)).astype("float32")
+    token = _tensorflow._xla.set("step")
+    try:
+        found = _tensorflow.dot([ops.convert_to_tensor(x)], [ops.convert_to_tensor(y)])
+    finally:
+        _tensorflow._xla.reset(token)
+    assert float(found) == pytest.approx(float(x.astype("float64") @ y), rel=1e-4)

@@ -28,7 +28,7 @@ SETTINGS = {
     "searched": 2 if args.quick else 4,
     "curve_epochs": 1 if args.quick else 3,
     "curve_points": 2 if args.quick else 6,
-    "curve_seeds": 1 if args.quick else 2,
+    "curve_seeds": 1 if args.quick else 3,
 }
 LEARNING_RATE = (0.01, 0.3)
 ALPHA = (0.1, 1.0)

@@ -486,7 +486,7 @@ def _mnist_picture(content):
             panel.plot(values, mean, marker="o", color=color, label=NAMES[method])
             panel.fill_between(values, low, high, color=color, alpha=0.15, lw=0)
         panel.set(xlabel=name, ylabel="test accuracy, %", xscale="log")
-    middle.legend(frameon=False, loc="center left")
+    middle.legend(frameon=False, loc="lower left")
     return figure
 
 

@@ -274,7 +274,8 @@ def dot(xs, ys):
 def _dot(x, y):
     if x.dtype not in (tf.float32, tf.float64):
         x, y = tf.cast(x, tf.float32), tf.cast(y, tf.float32)
-    if _xla.get() == "step":
+    # A short sum is not worth it: most weights are biases and the like, and each costs XLA memory.
+    if _xla.get() == "step" and x.shape.num_elements() >= 4096:
         return _sum_in_parts(tf.reshape(x * y, (-1,)))
     # The fused kernel spares a pass through memory.
     return 2 * tf.nn.l2_loss(x) if x is y else tf.reduce_sum(x * y)
