@@ -320,6 +320,18 @@ def test_a_product_with_the_hessian_sends_one_message(outcome):
     assert num_weights <= size <= num_weights + 30
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="a matter of keras.distribution")
+@pytest.mark.parametrize("case", worker.EVERY_METHOD)
+@slow
+def test_weights_and_their_momentum_keep_their_layouts(outcome, case):
+    layouts = outcome("model_parallel").replicas(case, "layouts")[0].tolist()
+    num_weights = len(one_device(steps=10).trainable_variables)
+    weights, momentum = layouts[:num_weights], layouts[-num_weights:]
+    assert weights[0] == "P(None, 'model')"
+    assert "model" not in "".join(weights[1:])
+    assert momentum == weights
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a matter of tf.distribute")
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @slow

@@ -360,6 +360,9 @@ def main(topology, rank, ports, folder):
         if "watched" in name and place.strategy:
             found = curvature.eigenvalues(wrapper, *data(name), k=2).values
             history["outside_of_the_scope"] = found
+        if topology == "model_parallel":
+            variables = [*wrapper.trainable_variables, *wrapper.optimizer.variables]
+            history["layouts"] = [str(v.value.sharding.spec) for v in variables]
         write(name, wrapper, history)
         if name == "sam-global":  # All processes of JAX must take part in saving.
             wrapper.save(folder / f"from_many_{place.rank}.keras")
