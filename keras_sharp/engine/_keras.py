@@ -6,7 +6,7 @@
 import contextlib
 
 import keras
-from keras.src import backend
+from keras.src.backend.common.masking import get_keras_mask
 from keras.src.random.seed_generator import global_seed_generator
 from keras.src.trainers.data_adapters import get_data_adapter
 
@@ -105,7 +105,7 @@ def is_validation_of_fit(kwargs):
 
 def has_mask(tensor):
     """Whether a layer has masked this prediction: the loss leaves some of it out."""
-    return backend.get_keras_mask(tensor) is not None
+    return get_keras_mask(tensor) is not None
 
 
 @contextlib.contextmanager
