@@ -82,18 +82,22 @@ def make_trainer(name):
 
 def main():
     per_method = SETTINGS["searched"] + SEEDS * len(SETTINGS["epochs"])
-    total = len(SETTINGS["data"]) * len(METHODS) * per_method
+    total = len(SETTINGS["data"]) * (len(METHODS) * per_method + SEEDS)
     study = Study(args.output / "sam_vs_sgd.json", SETTINGS, total)
     for name in SETTINGS["data"]:
-        trainer = make_trainer(name)
+        trainer, chosen = make_trainer(name), {}
         for method in METHODS:
             space = search_space(method, LEARNING_RATE, RHO, SCALED_RHO)
             settings = latin_hypercube(space, SETTINGS["searched"])
             once = SETTINGS["epochs"][0]
-            best = study.search(trainer, method, settings, once, data=name)
+            best = chosen[method] = study.search(trainer, method, settings, once, data=name)
             for seed in range(SEEDS):
                 for epochs in SETTINGS["epochs"]:
                     study.run(trainer, "final", method, best, seed, epochs, data=name)
+        # What of the flatness is that of the learning rate? SGD with that of SAM.
+        control = {"learning_rate": chosen["sam"]["learning_rate"]}
+        for seed in range(SEEDS):
+            study.run(trainer, "control", "sgd", control, seed, once, data=name)
     report.show(args.output, "sam_vs_sgd")
 
 
