@@ -188,8 +188,10 @@ def report(results):
             f"| {f'{max(worst):.1e}' if worst else ''} |"
         )
     for problem in results["problems"]:
-        last_line = problem["text"].strip().splitlines()[-1]
-        lines += ["", f"- {problem['worker']} {problem['item']}: {problem['kind']}: {last_line}"]
+        lines += [
+            "",
+            f"- {problem['worker']} {problem['item']}: {problem['kind']}: {problem['text']}",
+        ]
     return "\n".join(lines)
 
 

@@ -9,10 +9,10 @@ import importlib
 import importlib.util
 import os
 import time
-import traceback
 from typing import NamedTuple
 
 import numpy as np
+from workers import describe
 
 EXAMPLES, PRODUCTS, STEPS = 512, 99, 40
 STEM, WIDTHS, CLASSES = 16, (24, 48, 72), 10
@@ -57,12 +57,12 @@ def serve(connection, name, problem, core):
         while (request := connection.recv()) is not None:
             try:
                 connection.send(("done", timed(items[request[0]], request[1])))
-            except Exception:
-                connection.send(("error", traceback.format_exc()))
+            except Exception as error:
+                connection.send(("error", describe(error)))
     except EOFError:  # The driver is gone.
         return
-    except Exception:
-        connection.send(("error", traceback.format_exc()))
+    except Exception as error:
+        connection.send(("error", describe(error)))
 
 
 def prepare(name, core):

@@ -316,9 +316,8 @@ def report(results):
         lines += ["", "No figures:", ""]
     for problem in results["problems"]:
         reason = "not installed" if problem["kind"] == "missing" else "failed"
-        last_line = problem["text"].strip().splitlines()[-1]
         names = f"{problem['workload']} {problem['worker']} {problem['contestant']}"
-        lines.append(f"- {names}: {reason}: {last_line}")
+        lines.append(f"- {names}: {reason}: {problem['text']}")
     return "\n".join(lines)
 
 

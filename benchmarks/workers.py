@@ -6,6 +6,7 @@ done. The worker then answers requests: run a block of this one, and say how
 much time it took.
 """
 
+import functools
 import gc
 import importlib
 import importlib.util
@@ -87,12 +88,18 @@ def serve(connection, name, workload_name, steps, wanted, core):
                 continue
             try:
                 connection.send(("time", *_timed(contestants[request[0]], request[1])))
-            except Exception:
-                connection.send(("error", traceback.format_exc()))
+            except Exception as error:
+                connection.send(("error", describe(error)))
     except EOFError:  # The driver is gone.
         return
-    except Exception:
-        connection.send(("error", traceback.format_exc()))
+    except Exception as error:
+        connection.send(("error", describe(error)))
+
+
+def describe(error):
+    """The first line of an error, for the results. The traceback is shown, but not stored."""
+    traceback.print_exception(error)
+    return next(iter(traceback.format_exception_only(error))).strip().splitlines()[0]
 
 
 def _timed(run, steps):
@@ -132,14 +139,14 @@ def _ours(name, worker, wanted, data):
                 parts = PARTS if contestant == "sam_4_parts" else 1
                 model = keras_sharp.SharpnessAwareModel(model, method, parts)
             contestants[contestant] = _fit(keras, model, worker.jit, name, data)
-    forward_backward = {"tensorflow": _fb_tensorflow, "jax": _fb_jax, "torch": _fb_torch}
-    twice = {"tensorflow": _fb_twice_tensorflow, "jax": _fb_twice_jax, "torch": _fb_twice_torch}
-    for contestant, passes in {"fb": forward_backward, "fb_twice": twice}.items():
+    passes = {"tensorflow": functools.partial(_passes_tensorflow, jit=worker.jit)}
+    passes |= {"jax": _passes_jax, "torch": _passes_torch}
+    for contestant, number in {"fb": 1, "fb_twice": 2}.items():
         if contestant in wanted:
             network = networks.keras_network(name, keras)
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
             batch = [a[: networks.WORKLOADS[name].batch_size] for a in data]
-            contestants[contestant] = passes[worker.backend](network, loss, batch, worker.jit)
+            contestants[contestant] = passes[worker.backend](network, loss, batch, number)
     return contestants
 
 
@@ -159,19 +166,26 @@ def _fit(keras, model, jit, name, data):
     return run
 
 
-# Forward and backward pass alone: no data pipeline, no optimizer, no metrics
+# Forward and backward passes alone: no data pipeline, no optimizer, no metrics. After each, the
+# weights move along the gradient, so that the next pass is another one.
 
 
-def _fb_tensorflow(network, loss, batch, jit):
+def _passes_tensorflow(network, loss, batch, number, jit):
     import tensorflow as tf
 
     x, y = map(tf.constant, batch)
+    weights = network.trainable_variables
 
     @tf.function(jit_compile=jit)
     def forward_backward(x, y):
-        with tf.GradientTape() as tape:
-            value = loss(y, network(x, training=True))
-        return value, tape.gradient(value, network.trainable_variables)
+        for i in range(number):
+            with tf.GradientTape() as tape:
+                value = loss(y, network(x, training=True))
+            gradient = tape.gradient(value, weights)
+            if i + 1 < number:
+                for w, g in zip(weights, gradient, strict=True):
+                    w.assign_sub(1e-3 * g)
+        return value, gradient
 
     def run(steps):
         for _ in range(steps):
@@ -181,70 +195,7 @@ def _fb_tensorflow(network, loss, batch, jit):
     return run
 
 
-def _fb_jax(network, loss, batch, jit):
-    import jax
-    import jax.numpy as jnp
-
-    x, y = map(jnp.asarray, batch)
-
-    def value(weights, state, x, y):
-        logits, state = network.stateless_call(weights, state, x, training=True)
-        return loss(y, logits), state
-
-    forward_backward = jax.jit(jax.value_and_grad(value, has_aux=True))
-    weights = [v.value for v in network.trainable_variables]
-    state = [v.value for v in network.non_trainable_variables]
-
-    def run(steps):
-        for _ in range(steps):
-            out = forward_backward(weights, state, x, y)
-        jax.block_until_ready(out)
-
-    return run
-
-
-def _fb_torch(network, loss, batch, jit):
-    import torch
-
-    x, y = map(torch.as_tensor, batch)
-    weights = [v.value for v in network.trainable_variables]
-
-    def run(steps):
-        for _ in range(steps):
-            torch.autograd.grad(loss(y, network(x, training=True)), weights)
-
-    return run
-
-
-def _fb_twice_tensorflow(network, loss, batch, jit):
-    import tensorflow as tf
-
-    x, y = map(tf.constant, batch)
-
-    def gradient(weights, x, y):
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(weights)
-            logits, _ = network.stateless_call(
-                weights, network.non_trainable_variables, x, training=True
-            )
-            value = loss(y, logits)
-        return value, tape.gradient(value, weights)
-
-    @tf.function(jit_compile=jit)
-    def forward_backward(x, y):
-        weights = [tf.convert_to_tensor(v.value) for v in network.trainable_variables]
-        _, g = gradient(weights, x, y)
-        return gradient([w + 1e-3 * d for w, d in zip(weights, g, strict=True)], x, y)
-
-    def run(steps):
-        for _ in range(steps):
-            value, _ = forward_backward(x, y)
-        value.numpy()
-
-    return run
-
-
-def _fb_twice_jax(network, loss, batch, jit):
+def _passes_jax(network, loss, batch, number):
     import jax
     import jax.numpy as jnp
 
@@ -256,9 +207,12 @@ def _fb_twice_jax(network, loss, batch, jit):
 
     @jax.jit
     def forward_backward(weights, state, x, y):
-        (_, new_state), g = jax.value_and_grad(value, has_aux=True)(weights, state, x, y)
-        moved = [w + 1e-3 * d for w, d in zip(weights, g, strict=True)]
-        return new_state, jax.value_and_grad(value, has_aux=True)(moved, state, x, y)
+        values = []
+        for _ in range(number):
+            new, gradient = jax.value_and_grad(value, has_aux=True)(weights, state, x, y)
+            values.append(new)
+            weights = [w - 1e-3 * g for w, g in zip(weights, gradient, strict=True)]
+        return values, gradient
 
     weights = [v.value for v in network.trainable_variables]
     state = [v.value for v in network.non_trainable_variables]
@@ -271,7 +225,7 @@ def _fb_twice_jax(network, loss, batch, jit):
     return run
 
 
-def _fb_twice_torch(network, loss, batch, jit):
+def _passes_torch(network, loss, batch, number):
     import torch
 
     x, y = map(torch.as_tensor, batch)
@@ -279,12 +233,11 @@ def _fb_twice_torch(network, loss, batch, jit):
 
     def run(steps):
         for _ in range(steps):
-            g = torch.autograd.grad(loss(y, network(x, training=True)), weights)
-            with torch.no_grad():
-                torch._foreach_add_(weights, g, alpha=1e-3)
-            torch.autograd.grad(loss(y, network(x, training=True)), weights)
-            with torch.no_grad():
-                torch._foreach_sub_(weights, g, alpha=1e-3)
+            for i in range(number):
+                gradient = torch.autograd.grad(loss(y, network(x, training=True)), weights)
+                if i + 1 < number:
+                    with torch.no_grad():
+                        torch._foreach_sub_(weights, gradient, alpha=1e-3)
 
     return run
 
@@ -312,7 +265,7 @@ def _tf_keras(name, worker, wanted, data):
         network = networks.keras_network(name, tf_keras)
         loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         batch = [a[: networks.WORKLOADS[name].batch_size] for a in data]
-        contestants["fb"] = _fb_tensorflow(network, loss, batch, worker.jit)
+        contestants["fb"] = _passes_tensorflow(network, loss, batch, 1, worker.jit)
     return contestants
 
 

@@ -319,9 +319,13 @@ def test_a_sum_in_parts_forgets_no_entry(length):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a detour of the TensorFlow engine")
 @pytest.mark.parametrize("length", [100, 5003])
-def test_with_xla_short_and_long_sums_are_right(length):
+def test_with_xla_long_sums_are_taken_in_parts_and_all_are_right(length, monkeypatch):
     from keras_sharp.engine import _tensorflow
 
+    lengths, sum_in_parts = [], _tensorflow._sum_in_parts
+    monkeypatch.setattr(
+        _tensorflow, "_sum_in_parts", lambda x: lengths.append(len(x)) or sum_in_parts(x)
+    )
     x, y = np.random.default_rng(0).normal(size=(2, length)).astype("float32")
     token = _tensorflow._xla.set("step")
     try:
@@ -329,3 +333,4 @@ def test_with_xla_short_and_long_sums_are_right(length):
     finally:
         _tensorflow._xla.reset(token)
     assert float(found) == pytest.approx(float(x.astype("float64") @ y), rel=1e-4)
+    assert lengths == ([length] if length >= 4096 else [])

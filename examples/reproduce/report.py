@@ -321,13 +321,17 @@ def methods(folder, experiment, data=None, times=1):
         lines.append(_reference("best possible", content["bayes"]))
     if "line" in content:
         lines.append(_reference("a straight line", content["line"]))
-    for method in dict.fromkeys(run["method"] for run in content["runs"]):
-        found = entries(content, stage="final", method=method, epochs=epochs, data=data)
+    rows = [("final", method) for method in dict.fromkeys(r["method"] for r in content["runs"])]
+    for stage, method in [*rows, ("control", "sgd")]:
+        found = entries(content, stage=stage, method=method, epochs=epochs, data=data)
+        if not found:  # Not each experiment has a control.
+            continue
         setting = ", ".join(
             f"{key.replace('_', ' ')} {value:g}" for key, value in found[0]["setting"].items()
         )
         cells = [text_of([NUMBERS[n].read(e) for e in found], NUMBERS[n]) for n in names]
-        lines.append(f"| {NAMES[method]} | {setting} | {' | '.join(cells)} | {len(found)} |")
+        title = f"*{NAMES[method]}, control*" if stage == "control" else NAMES[method]
+        lines.append(f"| {title} | {setting} | {' | '.join(cells)} | {len(found)} |")
     return lines
 
 

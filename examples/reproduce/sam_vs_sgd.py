@@ -84,12 +84,12 @@ def main():
     per_method = SETTINGS["searched"] + SEEDS * len(SETTINGS["epochs"])
     total = len(SETTINGS["data"]) * (len(METHODS) * per_method + SEEDS)
     study = Study(args.output / "sam_vs_sgd.json", SETTINGS, total)
+    once = SETTINGS["epochs"][0]
     for name in SETTINGS["data"]:
         trainer, chosen = make_trainer(name), {}
         for method in METHODS:
             space = search_space(method, LEARNING_RATE, RHO, SCALED_RHO)
             settings = latin_hypercube(space, SETTINGS["searched"])
-            once = SETTINGS["epochs"][0]
             best = chosen[method] = study.search(trainer, method, settings, once, data=name)
             for seed in range(SEEDS):
                 for epochs in SETTINGS["epochs"]:

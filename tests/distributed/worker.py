@@ -24,13 +24,15 @@ TOPOLOGIES = {
 }
 METHODS = ("sam", "asam", "gsam", "adaptive_gsam", "bsam")
 
+#: All methods in both scopes. They train on, for 50 steps in all, to see replicas drift.
+EVERY_METHOD = {
+    f"{m}-{scope}": ({"method": m, "perturbation_scope": scope}, {})
+    for m in METHODS
+    for scope in ("global", "replica")
+}
 #: What is trained: arguments of the wrapper; and of `make`, `data` and `fit`, below.
 CASES = {
-    **{
-        f"{m}-{scope}": ({"method": m, "perturbation_scope": scope}, {})
-        for m in METHODS
-        for scope in ("global", "replica")
-    },
+    **EVERY_METHOD,
     "parts-global": ({"num_micro_batches": 2}, {}),
     "parts-replica": ({"num_micro_batches": 2, "perturbation_scope": "replica"}, {}),
     "second_order-global": ({}, {"second_order": True}),
@@ -45,8 +47,6 @@ CASES = {
     "nan-global": ({}, {"bad_example": 20}),
     "nan-replica": ({"perturbation_scope": "replica"}, {"bad_example": 20}),
 }
-#: All methods in both scopes. They train on, for 50 steps in all, to see replicas drift.
-EVERY_METHOD = tuple(CASES)[: 2 * len(METHODS)]
 #: Topologies whose code is that of another one train these only.
 FEW = (*EVERY_METHOD, "batchnorm-replica", "nan-replica")
 FEW += ("parts-global", "second_order-global", "watched-global")
