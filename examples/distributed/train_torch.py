@@ -42,7 +42,8 @@ model.compile(
     metrics=["accuracy"],
 )
 history = model.fit(x, y, batch_size=BATCH // world, epochs=3, verbose=0).history
-print(f"process {rank} of {world}: loss {history['loss'][-1]:.6f}", flush=True)
+# With its newline the line is one write, and cannot mix with that of another process.
+print(f"process {rank} of {world}: loss {history['loss'][-1]:.6f}\n", end="", flush=True)
 if rank == 0:
     network.save("trained.keras")
 dist.destroy_process_group()
