@@ -39,6 +39,7 @@ WORKERS = {
     "pyhessian": Worker("pyhessian", "torch"),
     "hessian_eigenthings": Worker("hessian_eigenthings", "torch"),
     "curvlinops": Worker("curvlinops", "torch"),
+    "bare_jax": Worker("jax", "jax"),
 }
 
 
@@ -190,6 +191,37 @@ def torch_network(problem):
         network.head.bias.copy_(torch.tensor(problem["head_1"]))
     x = torch.tensor(problem["x"].transpose(0, 3, 1, 2).copy())
     return network, x, torch.tensor(problem["y"]), nn.CrossEntropyLoss()
+
+
+def jax_loss(problem):
+    """The loss of bare JAX, in evaluation mode, of the weights of the problem; and these."""
+    import jax
+    import jax.numpy as jnp
+
+    x, y = jnp.asarray(problem["x"]), jnp.asarray(problem["y"])
+    layout = ("NHWC", "HWIO", "NHWC")
+
+    def conv(weights, i, x):
+        size, stride, *_ = CONVOLUTIONS[i]
+        kernel, scale, offset = weights[f"conv{i}_0"], weights[f"norm{i}_0"], weights[f"norm{i}_1"]
+        mean, variance = problem[f"norm{i}_2"], problem[f"norm{i}_3"]
+        padding = [(size // 2, size // 2)] * 2
+        x = jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, dimension_numbers=layout)
+        scale = scale * jax.lax.rsqrt(variance + 1e-5)
+        return x * scale + (offset - mean * scale)
+
+    def loss(weights):
+        z = jax.nn.relu(conv(weights, 0, x))
+        for i in range(1, len(CONVOLUTIONS), 3):
+            inner = jax.nn.relu(conv(weights, i, z))
+            z = jax.nn.relu(conv(weights, i + 1, inner) + conv(weights, i + 2, z))
+        logits = z.mean((1, 2)) @ weights["head_0"] + weights["head_1"]
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)
+        return -jnp.mean(chosen)
+
+    moments = {f"norm{i}_{part}" for i in range(len(CONVOLUTIONS)) for part in (2, 3)}
+    others = {"x", "y", "eigenvalues"} | moments
+    return loss, {key: jnp.asarray(problem[key]) for key in problem.keys() - others}
 
 
 # keras_sharp
@@ -413,7 +445,29 @@ def _curvlinops(problem):
     }
 
 
+def _bare_jax(problem):
+    """What JAX takes by itself for what keras_sharp asks of it: the floor of its product."""
+    import jax
+
+    loss, weights = jax_loss(problem)
+    gradient = jax.jit(jax.grad(loss))
+    # The jitted function returns the product as a pytree of what the pass has kept.
+    keep = jax.jit(lambda weights: jax.linearize(jax.grad(loss), weights)[1])
+    product, anew = jax.jit(lambda kept, v: kept(v)), jax.jit(lambda w, v: keep(w)(v))
+    kept, v = keep(weights), jax.tree.map(jax.numpy.ones_like, weights)
+
+    def run(function, *args):
+        return lambda seed: jax.block_until_ready(function(*args)) is None
+
+    return {
+        "gradient": run(gradient, weights),
+        "product": run(product, kept, v),
+        "product_anew": run(anew, weights, v),
+    }
+
+
 _PEERS = {
+    "jax": _bare_jax,
     "pyhessian": _pyhessian,
     "hessian_eigenthings": _hessian_eigenthings,
     "curvlinops": _curvlinops,
