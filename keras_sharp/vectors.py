@@ -8,13 +8,33 @@ and counts nowhere) and what dividing by the norm of a zero vector gives
 (zero).
 """
 
+from typing import NamedTuple
+
+import keras
 from keras import ops
 
 from keras_sharp import engine
 
-# Sums of squares outside this range may have lost terms to underflow, or be
-# about to overflow, in float32; inside it they are as good as any.
-_SAFE_SQUARE = (1e-25, 1e30)
+
+class _Range(NamedTuple):
+    """Where a sum of squares is as good as any, in one dtype.
+
+    Below `low` it may have lost terms to underflow, above `high` be about to
+    overflow. That of the vector times `factor`, or divided by it, is right:
+    for all that the dtype can hold, but for the last bits of subnormals. A
+    power of two rounds nothing. A larger one would make the derivative of the
+    norm underflow.
+    """
+
+    low: float
+    high: float
+    factor: float
+
+
+_RANGES = {
+    "float32": _Range(1e-25, 1e30, 2.0**80),
+    "float64": _Range(1e-250, 1e300, 2.0**600),
+}
 
 
 class Vector(list):
@@ -86,22 +106,24 @@ def norm(x):
 
 
 def _norm(x, squared):
-    low, high = _SAFE_SQUARE
-    return engine.cond(
-        (squared > low) & (squared < high),
-        lambda: ops.sqrt(squared),
-        lambda: _norm_by_largest(x),
-    )
+    safe, is_safe = _range(squared)
+
+    def rescaled():
+        one = ops.ones_like(squared)
+        factor = ops.where(squared < safe.low, safe.factor * one, one / safe.factor)
+        again = map_present(lambda t: ops.cast(t, factor.dtype) * factor, x)
+        square = dot(again, again)
+        # The inner `where` keeps the derivative of the root finite at zero.
+        root = ops.sqrt(ops.where(square == 0, one, square))
+        return ops.where(square == 0, ops.zeros_like(root), root / factor)
+
+    return engine.cond(is_safe, lambda: ops.sqrt(squared), rescaled)
 
 
-def _norm_by_largest(x):
-    """The norm after a division by the largest entry. NaN if one is not finite."""
-    unit, scaled = scaled_to_one(x)
-    squared = dot(scaled, scaled)
-    # The inner `where` keeps the derivative of the root finite at zero.
-    root = ops.sqrt(ops.where(squared == 0, ops.ones_like(squared), squared))
-    unit = ops.cast(unit, squared.dtype)
-    return ops.where(squared == 0, ops.zeros_like(squared), unit * root)
+def _range(squared):
+    """The safe range of a sum of squares, and whether the sum is inside."""
+    safe = _RANGES[keras.backend.standardize_dtype(squared.dtype)]
+    return safe, (squared > safe.low) & (squared < safe.high)
 
 
 def scaled_to_one(x):
@@ -146,7 +168,6 @@ def reject(x, onto):
     """The part of `x` that is perpendicular to `onto` (`x` itself if that is 0)."""
     squared = onto.squared_norm if isinstance(onto, Vector) else dot(onto, onto)
     product = dot(x, onto)
-    low, high = _SAFE_SQUARE
 
     def by_largest():
         largest_x, largest = max_abs(x), max_abs(onto)
@@ -157,7 +178,7 @@ def reject(x, onto):
     # Dividing the two products, not the vectors, makes the rejection of a
     # vector from itself exactly zero: GSAM at rho 0 is then plain training.
     coefficient = engine.cond(
-        (squared > low) & (squared < high),
+        _range(squared)[1],
         lambda: product / squared,
         by_largest,
     )

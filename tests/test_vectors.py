@@ -12,7 +12,7 @@ from tests.models import BACKEND
 #: Compilers rearrange products, which is safe only if no intermediate result can overflow.
 HOW = ["as_written"] if BACKEND == "torch" else ["as_written", "compiled"]
 BOTH_WAYS = pytest.mark.parametrize("how", HOW)
-ANY_SIZE = pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-15, 1.0, 1e15, 1e30, 1e37])
+ANY_SIZE = pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-20, 1e-15, 1.0, 1e15, 1e30, 1e37])
 #: Sizes of two vectors whose quotient is a float32 as well.
 TWO_SIZES = pytest.mark.parametrize(
     ("size_x", "size_y"), [(1e-30, 1e-30), (1.0, 1e-30), (1.0, 1.0), (1e30, 1.0), (1e30, 1e30)]
@@ -170,6 +170,12 @@ def test_norm_of_float16_does_not_overflow_or_underflow(size):
     x = tensors([3 * size, 0.0], [-4 * size], dtype="float16")
     exact = np.linalg.norm(np.concatenate([a.astype("float64") for a in arrays(x)]))
     np.testing.assert_allclose(float(vectors.norm(x)), exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-160, 1e-20, 1e20, 1e160, 1e300])
+def test_norm_of_float64_does_not_overflow_or_underflow(size, float64):
+    x = float64.tensors([[3 * size, 0.0], -4 * size])
+    float64.assert_close([vectors.norm(x) / size], [5.0])
 
 
 @BOTH_WAYS
