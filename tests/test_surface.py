@@ -1,5 +1,7 @@
 """The loss over fixed data as a function of the weights: right, repeatable, and free of traces."""
 
+import logging
+
 import keras
 import numpy as np
 import pytest
@@ -453,3 +455,21 @@ def test_a_loss_that_depends_on_the_split_is_refused_with_several_batches(case):
     several = LossSurface(model, *data, batch_size=4)
     with pytest.raises(ValueError, match=r"depends on how the data are split.*set `batch_size`"):
         several.loss(several.weights)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a warning of TensorFlow")
+def test_many_surfaces_are_not_taken_for_one_that_is_traced_too_often(mode):
+    if mode == "as_written":
+        pytest.skip("nothing is compiled")
+    import tensorflow as tf
+
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    tf.get_logger().addHandler(handler)
+    try:
+        for _ in range(6):
+            surface = LossSurface(compiled(models.mlp()), *SMALL)
+            surface.loss(surface.weights)
+    finally:
+        tf.get_logger().removeHandler(handler)
+    assert not [message for message in messages if "retracing" in message]

@@ -1,6 +1,7 @@
 """The TensorFlow engine: `tf.GradientTape`, stateful variables, `tf.cond`."""
 
 import contextvars
+import functools
 
 import keras
 import tensorflow as tf
@@ -329,7 +330,9 @@ def read(variable):
 
 def compiled(fn):
     """A pure function of tensors, compiled."""
-    return tf.function(fn, reduce_retracing=True)
+    # TensorFlow would take all functions that one line has made for one that is traced too often,
+    # and say so. It looks at their code, and a `partial` has none.
+    return tf.function(functools.partial(fn), reduce_retracing=True)
 
 
 def global_seeds():
