@@ -22,6 +22,8 @@ Method:
   evaluations of the loss that check it, and one product. `product_anew` is a product with several
   batches, which repeats the pass each time and keeps nothing. The other figures of keras_sharp are
   without the pass, those of the peers with all that they set up.
+- `bare_jax` is the same network in JAX without Keras: what JAX itself takes for a gradient, and for
+  a product by `jax.linearize`.
 - Seeds are the numbers of the rounds. `products` and `error`, of the worst eigenvalue, are the
   largest of all rounds.
 

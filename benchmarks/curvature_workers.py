@@ -206,7 +206,9 @@ def jax_loss(problem):
         kernel, scale, offset = weights[f"conv{i}_0"], weights[f"norm{i}_0"], weights[f"norm{i}_1"]
         mean, variance = problem[f"norm{i}_2"], problem[f"norm{i}_3"]
         padding = [(size // 2, size // 2)] * 2
-        x = jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, dimension_numbers=layout)
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=layout
+        )
         scale = scale * jax.lax.rsqrt(variance + 1e-5)
         return x * scale + (offset - mean * scale)
 
