@@ -30,6 +30,10 @@ class _Range(NamedTuple):
     high: float
     factor: float
 
+    def holds(self, squared):
+        """Whether a sum of squares is inside."""
+        return (squared > self.low) & (squared < self.high)
+
 
 _RANGES = {
     "float32": _Range(1e-25, 1e30, 2.0**80),
@@ -96,7 +100,7 @@ def dot(x, y):
     """The inner product, a scalar of at least float32."""
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
     if not pairs:
-        return ops.zeros(())
+        return widen(ops.zeros(()))
     return engine.dot([a for a, _ in pairs], [b for _, b in pairs])
 
 
@@ -106,7 +110,7 @@ def norm(x):
 
 
 def _norm(x, squared):
-    safe, is_safe = _range(squared)
+    safe = _range(squared)
 
     def rescaled():
         one = ops.ones_like(squared)
@@ -117,13 +121,12 @@ def _norm(x, squared):
         root = ops.sqrt(ops.where(square == 0, one, square))
         return ops.where(square == 0, ops.zeros_like(root), root / factor)
 
-    return engine.cond(is_safe, lambda: ops.sqrt(squared), rescaled)
+    return engine.cond(safe.holds(squared), lambda: ops.sqrt(squared), rescaled)
 
 
 def _range(squared):
-    """The safe range of a sum of squares, and whether the sum is inside."""
-    safe = _RANGES[keras.backend.standardize_dtype(squared.dtype)]
-    return safe, (squared > safe.low) & (squared < safe.high)
+    """The range in which a sum of squares of this dtype is safe."""
+    return _RANGES[keras.backend.standardize_dtype(squared.dtype)]
 
 
 def scaled_to_one(x):
@@ -178,7 +181,7 @@ def reject(x, onto):
     # Dividing the two products, not the vectors, makes the rejection of a
     # vector from itself exactly zero: GSAM at rho 0 is then plain training.
     coefficient = engine.cond(
-        _range(squared)[1],
+        _range(squared).holds(squared),
         lambda: product / squared,
         by_largest,
     )

@@ -786,7 +786,6 @@ def test_more_eigenvalues_than_weights_are_refused(monkeypatch):
         curvature.eigenvalues(twin(net), *data(net), k=39)
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="attention of other backends is differentiable")
 def test_attention_is_differentiated_twice():
     """The fast kernels of PyTorch are not: its own ones must be asked for."""
     keras.utils.set_random_seed(0)

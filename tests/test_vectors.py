@@ -1,5 +1,6 @@
 """Arithmetic on lists of tensors: what `None` means, and numbers at the ends of floats."""
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -100,6 +101,18 @@ def test_a_vector_without_entries_is_zero(nothing):
     assert float(vectors.cosine(nothing, nothing)) == 0
     assert vectors.add(nothing, nothing) == nothing
     assert vectors.reject(nothing, nothing) == nothing
+
+
+@pytest.mark.parametrize("floatx", ["float16", "bfloat16"])
+def test_sums_over_nothing_are_in_float32_as_well(floatx):
+    before = keras.config.floatx()
+    keras.config.set_floatx(floatx)
+    try:
+        found = [vectors.dot([None], [None]), vectors.norm([None]), vectors.Vector([]).norm]
+    finally:
+        keras.config.set_floatx(before)
+    assert [keras.backend.standardize_dtype(t.dtype) for t in found] == ["float32"] * 3
+    assert [float(t) for t in found] == [0.0] * 3
 
 
 def test_a_tensor_without_entries_counts_nowhere():
