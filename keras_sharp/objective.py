@@ -279,7 +279,7 @@ class TrainingLoss:
 
 
 def _is_seen_not_to_be_finite(tensors):
-    """Whether some number is not finite; `False` where a function is traced: none is known there."""
+    """Whether some number is not finite; `False` where a function is traced, and none is known."""
     try:
         return not all(bool(ops.all(ops.isfinite(t))) for t in keras.tree.flatten(tensors))
     except Exception:  # Each backend has its own one for a tensor without a value.
