@@ -222,7 +222,7 @@ def tagger():
 
 def attention():
     tokens, h = embedded()
-    h = layers.Add()([h, layers.MultiHeadAttention(1, 3)(h, h)])
+    h = layers.MultiHeadAttention(1, 3)(h, h)
     return keras.Model(tokens, layers.Dense(2)(h))
 
 
