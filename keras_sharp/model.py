@@ -266,8 +266,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
 
     def build_from_config(self, config):
         """Build the wrapped model from what `get_build_config` returned."""
-        if not self.model.built:
-            self.model.build_from_config(config)
+        self.model.build_from_config(config)
         self._remember()
 
     @property
