@@ -305,6 +305,20 @@ def test_a_method_that_is_the_same_stays_the_same_object(tmp_path):
     np.testing.assert_allclose(float(method.rho), 0.3)
 
 
+def test_a_linked_schedule_stays_linked(tmp_path):
+    """A config holds the number of that moment, in place of what is followed."""
+
+    def wrap(leader):
+        follows = schedules.ProportionalToLearningRate(maximum=leader.rho)
+        return SharpnessAwareModel(batchnorm_net(), methods.GSAM(rho=follows))
+
+    leader = methods.SAM(rho=0.3)
+    wrap(methods.SAM(rho=0.2)).save_weights(tmp_path / "model.weights.h5")
+    wrapper = wrap(leader)
+    wrapper.load_weights(tmp_path / "model.weights.h5")
+    assert wrapper.method.settings["rho"].schedule.maximum is leader.rho
+
+
 def test_a_function_of_the_step_is_the_one_of_the_script(tmp_path):
     one = SharpnessAwareModel(batchnorm_net(), methods.SAM(rho=lambda step: 0.1))
     one.save_weights(tmp_path / "model.weights.h5")
