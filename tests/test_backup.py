@@ -44,10 +44,10 @@ def make(wrapped=True):
     return model
 
 
-def fit(model, *others, epochs=4, **kwargs):
-    x, y = models.regression(12)
+def fit(model, *others, epochs=3, **kwargs):
+    x, y = models.regression(9)
     return model.fit(
-        x, y, batch_size=4, epochs=epochs, shuffle=False, verbose=0, callbacks=[*others], **kwargs
+        x, y, batch_size=3, epochs=epochs, shuffle=False, verbose=0, callbacks=[*others], **kwargs
     )
 
 
@@ -70,7 +70,7 @@ def test_a_run_that_was_interrupted_goes_on(wrapped, tmp_path):
         fit(make(wrapped), AtomicBackupAndRestore(tmp_path), *others(), Interrupt(2, batch=1))
     again = make(wrapped)
     history = fit(again, AtomicBackupAndRestore(tmp_path), *others())
-    assert history.epoch == [2, 3]
+    assert history.epoch == [2]
     assert_same(state(again), state(straight), bits=True)
     assert history.history["loss"] == expected.history["loss"][2:]
 
@@ -86,7 +86,7 @@ def test_a_second_fit_begins_where_it_is_told(tmp_path):
 
 
 @AS_WRITTEN
-@pytest.mark.parametrize("save_freq", [1, 2, 5])
+@pytest.mark.parametrize("save_freq", [2, 5])
 def test_backups_come_after_so_many_batches(save_freq, tmp_path, monkeypatch):
     model, saved = make(), []
     backup = AtomicBackupAndRestore(tmp_path, save_freq=save_freq)
@@ -98,7 +98,7 @@ def test_backups_come_after_so_many_batches(save_freq, tmp_path, monkeypatch):
         ),
     )
     fit(model, backup)
-    assert saved == list(range(save_freq, 13, save_freq))
+    assert saved == list(range(save_freq, 10, save_freq))
 
 
 @AS_WRITTEN
@@ -114,8 +114,7 @@ def test_an_epoch_that_was_broken_off_begins_again_from_its_weights(tmp_path):
 
 
 @AS_WRITTEN
-@pytest.mark.parametrize("delete", [True, False])
-@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(("delete", "double"), [(True, True), (False, True), (False, False)])
 def test_what_is_left_when_training_has_ended(delete, double, tmp_path):
     folder = tmp_path / "backup"
     fit(
@@ -123,7 +122,7 @@ def test_what_is_left_when_training_has_ended(delete, double, tmp_path):
         AtomicBackupAndRestore(folder, double_checkpoint=double, delete_checkpoint=delete),
     )
     left = sorted(os.listdir(folder)) if folder.exists() else []
-    epochs = [] if delete else [3, 4] if double else [4]
+    epochs = [] if delete else [2, 3] if double else [3]
     assert left == [f"backup-{e:06d}-epoch-{e:06d}.weights.h5" for e in epochs]
     assert folder.exists() is not delete
 
@@ -168,12 +167,12 @@ def test_a_model_that_is_not_built_is_refused(tmp_path):
 
 
 def two_epochs(tmp_path, **kwargs):
-    """A model and its backup after two epochs, and the state then."""
+    """A backup after two epochs, and the state then."""
     model = make()
     backup = AtomicBackupAndRestore(tmp_path, **kwargs)
     with pytest.raises(PowerFails):
         fit(model, backup, Interrupt(2))
-    return model, state(model)
+    return state(model)
 
 
 def restored(tmp_path, **kwargs):
@@ -212,18 +211,17 @@ MOMENTS = {
 
 
 @AS_WRITTEN
-@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_backup_is_there_at_every_moment(moment, double, tmp_path, monkeypatch):
+def test_a_backup_is_there_at_every_moment(moment, tmp_path, monkeypatch):
     """Weights and epoch belong together: those before the backup, or those after it."""
-    _, expected = two_epochs(tmp_path, double_checkpoint=double)
+    expected = two_epochs(tmp_path)
     model = make()
-    backup = AtomicBackupAndRestore(tmp_path, double_checkpoint=double)
+    backup = AtomicBackupAndRestore(tmp_path)
     with monkeypatch.context() as broken:
         broken.setattr(*MOMENTS[moment])
         with pytest.raises(PowerFails):
             fit(model, backup)
-    epoch, found = restored(tmp_path, double_checkpoint=double)
+    epoch, found = restored(tmp_path)
     if moment == "before_the_old_one_goes":
         assert epoch == 3
         assert_same(found, state(model), bits=True)
@@ -231,7 +229,7 @@ def test_a_backup_is_there_at_every_moment(moment, double, tmp_path, monkeypatch
         assert epoch == 2
         assert_same(found, expected, bits=True)
     fit(make(), AtomicBackupAndRestore(tmp_path))
-    assert os.listdir(tmp_path.parent).count(tmp_path.name) == 0  # Nothing is left over.
+    assert not tmp_path.exists()  # Nothing is left over.
 
 
 @AS_WRITTEN
