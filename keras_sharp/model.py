@@ -4,9 +4,10 @@ import inspect
 import warnings
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_sharp import engine, methods, vectors
+from keras_sharp import engine, methods, saving, vectors
 from keras_sharp.identifiers import did_you_mean
 from keras_sharp.objective import Objective, State, TrainingLoss, compute_loss
 from keras_sharp.preprocessing import (
@@ -163,6 +164,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         self._takes_part = get_choice(perturb)
         self._checked = False
         self._largest_batch = 0
+        self.progress = saving.Progress()
 
         self.skipped_steps = self.add_weight(
             shape=(), dtype="int32", initializer="zeros", trainable=False, name="skipped_steps"
@@ -175,7 +177,6 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         self._extra_metrics = [
             keras.metrics.Mean(name=key) for key in self.extra_logs if key != "skipped_steps"
         ]
-        self.built = model.built
 
     @property
     def method(self):
@@ -189,37 +190,100 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
     @method.setter
     def method(self, method):
         method = methods.get(method)
+        state = self._initial_state(method)  # It may raise: nothing has changed yet.
+        before = getattr(self, "_method", method), self.method_state
+        self._hold(method, state)
+        try:
+            if self.train_function is not None:  # It was made for the old method.
+                self.make_train_function(force=True)
+        except Exception:
+            self._hold(*before)
+            raise
+
+    def _hold(self, method, state):
+        """Have a method and its memory, which are saved and carried along with the weights."""
         old = [*self.hyperparameter_variables, *(self.method_state or [])]
         with engine.exchanging_variables(self, old):
             self._method = method
-            # Held by the model as well, to be saved and carried along with its weights.
             self.hyperparameter_variables = [s.variable for s in method.settings.values()]
-            self.method_state = None
-            if self.model.built:
-                self._build_method_state()
-        if self.train_function is not None:  # It was made for the old method.
-            self.make_train_function(force=True)
+            self.method_state = state
 
-    # Building and calling
-
-    def call(self, inputs, training=None):
-        outputs = self.model(inputs, training=training)
-        if self.method_state is None:
-            self._build_method_state()
-        return outputs
-
-    def _build_method_state(self):
-        arrays = self.method.initial_state(self.model.trainable_variables)
-        self.method_state = [
-            self.add_weight(
+    def _initial_state(self, method):
+        """The variables for the memory of a method; `None` while there are no weights."""
+        if not self._has_weights():
+            return None
+        arrays = method.initial_state(self.model.trainable_variables)
+        return [
+            keras.Variable(
+                # A function, so that variables can be made in a pass as well.
+                lambda shape, dtype, a=a: ops.convert_to_tensor(a, dtype),
                 shape=a.shape,
                 dtype=str(a.dtype),
-                initializer=lambda shape, dtype, a=a: ops.convert_to_tensor(a, dtype),
                 trainable=False,
                 name=f"method_state_{i}",
             )
-            for i, a in enumerate(arrays)
+            for i, a in enumerate(_check_state(method, arrays))
         ]
+
+    def _remember(self):
+        """Give the method its memory, if it has none yet and there are weights."""
+        if self.method_state is None and self._has_weights():
+            state = self._initial_state(self.method)
+            with engine.exchanging_variables(self, []):  # It may be built, and so be locked.
+                self.method_state = state
+
+    # Building and calling
+
+    @property
+    def built(self):
+        """Whether the wrapped model is built: there is nothing else to build."""
+        model = getattr(self, "model", None)  # Keras asks before it is set.
+        return model is not None and model.built
+
+    @built.setter
+    def built(self, value):
+        """Keras sets this on its own, which does not make a model of it."""
+
+    def build(self, *args, **kwargs):
+        """Build the wrapped model, as its own `build` does.
+
+        Args:
+            *args: what the `build` of the wrapped model takes: the shape of
+                the inputs.
+            **kwargs: see `args`.
+        """
+        if args or kwargs:  # Keras gives none in a call, where the wrapped model builds itself.
+            self.model.build(*args, **kwargs)
+        self._remember()
+
+    def _has_weights(self):
+        """Whether the weights are there: Keras calls some models built that have none yet."""
+        return self.model.built and bool(self.model.weights)
+
+    def get_build_config(self):
+        """What `build_from_config` takes: that of the wrapped model."""
+        return self.model.get_build_config()
+
+    def build_from_config(self, config):
+        """Build the wrapped model from what `get_build_config` returned."""
+        self.model.build_from_config(config)
+        self._remember()
+
+    @property
+    def weights(self):
+        """The weights of the wrapped model, in its order.
+
+        So are those of `get_weights` and `set_weights`, and what `count_params`
+        counts. The counters of the wrapper, the hyperparameters and the memory
+        of the method are variables of the training, as those of an optimizer
+        are: files hold them, lists of weights do not.
+        """
+        return self.model.weights
+
+    def call(self, inputs, training=None):
+        outputs = self.model(inputs, training=training)
+        self._remember()
+        return outputs
 
     # Compiling
 
@@ -279,8 +343,9 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         """Check what can be checked before the first step, then do as Keras does."""
         engine.global_seeds()  # Made here, not while a function is traced.
         self._check_reduction()
-        if self.model.built:
+        if self._has_weights():
             self._check_trainable()
+            self._remember()
             engine.broadcast([*self.variables, *self.optimizer.variables])
         return super().make_train_function(force)
 
@@ -303,6 +368,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         """
         bound = inspect.signature(super().fit).bind(x, y, batch_size, *args, **kwargs)
         bound.apply_defaults()
+        saving.check_callbacks(bound.arguments["callbacks"])
         arguments = preprocess_fit(self.model, bound.arguments)
         if self.num_micro_batches > 1:
             self._check_batch_size(_first_batch_size(arguments["x"], batch_size))
@@ -612,18 +678,79 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
 
     # Saving
 
+    def save(self, filepath, overwrite=True, zipped=None, **kwargs):
+        """Save the model and the state of its training as a `.keras` file.
+
+        Args:
+            filepath: see `keras.Model.save`. The legacy format, `.h5`, is
+                refused: it would leave the state of the training out.
+            overwrite: see `keras.Model.save`.
+            zipped: see `keras.Model.save`.
+            **kwargs: see `keras.Model.save`.
+
+        Raises:
+            ValueError: if `filepath` ends in `.h5` or `.hdf5`.
+        """
+        saving.refuse_legacy(filepath, "save")
+        return super().save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+
+    def load_weights(self, filepath, skip_mismatch=False, **kwargs):
+        """Load what `save_weights` saved: the weights and the state of the training.
+
+        The method of the model is then the one under which the file was saved,
+        with its memory and hyperparameters; its class, and functions in it,
+        must be the script's or registered with Keras. A file of the plain model
+        is for the wrapped one: `model.model.load_weights(filepath)`; and a file
+        of the wrapper is loaded into a plain model by
+        `SharpnessAwareModel(plain_model).load_weights(filepath)`.
+
+        Args:
+            filepath: see `keras.Model.load_weights`.
+            skip_mismatch: see `keras.Model.load_weights`.
+            **kwargs: see `keras.Model.load_weights`.
+
+        Raises:
+            ValueError: if the file is not that of a wrapper around such a
+                model, or its method can't be made. A warning says so if it was
+                saved by a wrapper with other arguments.
+        """
+        saving.refuse_legacy(filepath, "load_weights")
+        if self.model.built and not self._has_weights():  # Keras would load nothing, in silence.
+            raise ValueError(
+                f"The model {self.model.name!r} has no weights into which a file could be loaded: "
+                "it is marked as built, but its layers are not. Call it on a batch first, or "
+                "write a `build` method that builds its layers."
+            )
+        super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
+
     def save_own_variables(self, store):
-        """Save what the wrapper holds, and the seeds, which Keras leaves out."""
+        """Save what the wrapper holds, the method, and the seeds, which Keras leaves out."""
         super().save_own_variables(store)
         for i, seed in enumerate(self._seeds()):
             store[f"seed_{i}"] = ops.convert_to_numpy(seed)
+        store[saving.RECORD] = saving.record(self)
 
     def load_own_variables(self, store):
-        """Load what `save_own_variables` saved."""
+        """Load what `save_own_variables` saved; the method first, which has variables."""
+        saved = saving.read(store)
+        if saved is None:
+            warnings.warn(
+                "The file is of version 0.1.0, which did not say what method it was saved under. "
+                f"The model goes on with its own, {type(self.method).__name__}. If that is not "
+                "the one, set `model.method` and load again.",
+                stacklevel=2,
+            )
+        else:
+            method = saving.saved_method(self, saved)
+            if method is not self.method:
+                self.method = method
+            self.progress.epochs = saved["epochs"]
+            saving.warn_of_other_arguments(self, saved)
+        self._remember()
         for i, seed in enumerate(self._seeds()):
             if f"seed_{i}" in store:
                 seed.assign(store[f"seed_{i}"])
-        names = [name for name in store.keys() if not name.startswith("seed_")]  # noqa: SIM118
+        names = [name for name in store.keys() if name.isdigit()]  # noqa: SIM118
         super().load_own_variables({name: store[name] for name in names})
 
     def _seeds(self):
@@ -637,6 +764,8 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
 
     def get_config(self):
         """The arguments of the constructor, as plain values."""
+        if engine.is_saving_legacy_h5():  # By the functions of Keras, which pass `save` by.
+            saving.refuse_legacy("model.h5", "save")
         model = keras.saving.serialize_keras_object(self.model)
         if self.compiled:  # It will be compiled along with the wrapper.
             model.pop("compile_config", None)
@@ -666,6 +795,22 @@ def _assign(variables, values):
     for variable, value in zip(variables, values, strict=True):
         if value is not None:
             variable.assign(value)
+
+
+def _check_state(method, arrays):
+    """The memory that a method starts with, as arrays of its own."""
+    if not isinstance(arrays, (list, tuple)) or not all(hasattr(a, "dtype") for a in arrays):
+        raise ValueError(
+            f"`initial_state` of the method {type(method).__name__} must return a list of NumPy "
+            f"arrays, what the method remembers before the first step. Received: {arrays!r}"
+        )
+    arrays = [np.array(a) for a in arrays]
+    if any(a.dtype.kind in "OSUM" for a in arrays):
+        raise ValueError(
+            f"`initial_state` of the method {type(method).__name__} must return arrays of "
+            f"numbers. Received arrays of the dtypes {[str(a.dtype) for a in arrays]}."
+        )
+    return arrays
 
 
 def _batch_size(batch):

@@ -132,6 +132,18 @@ class Setting:
         )
         return float(self.given) if unchanged else current
 
+    def agrees_with(self, config):
+        """Whether a config is that of this setting, but for a number that is in a variable."""
+        if self.schedule is None:
+            return isinstance(config, (int, float))
+        follows = isinstance(self.schedule, ProportionalToLearningRate) and isinstance(
+            self.schedule.maximum, keras.Variable
+        )
+        if not follows or not isinstance(config, dict) or not isinstance(config["config"], dict):
+            return False  # A schedule has no variables, so all of it had to be equal.
+        mine = self.schedule.get_config()
+        return {**config["config"], "maximum": mine["maximum"]} == mine
+
     def _check(self, value):
         if isinstance(value, (str, bytes, bool)) or value is None:
             number = math.nan

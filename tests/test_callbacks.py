@@ -344,6 +344,63 @@ def test_a_method_that_does_not_exist_leaves_the_old_one():
     assert (model.method, [id(v) for v in model.variables]) == before
 
 
+class Raises(SAM):
+    def initial_state(self, variables):
+        raise RuntimeError("no memory for this model")
+
+
+class Returns(SAM):
+    def __init__(self, state):
+        super().__init__()
+        self.state = state
+
+    def initial_state(self, variables):
+        return self.state
+
+
+@AS_WRITTEN
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        (Raises(), "no memory"),
+        (Returns(None), r"must return a list of NumPy arrays.*Received: None"),
+        (Returns({"a": np.zeros(2)}), "must return a list"),
+        (Returns([np.zeros(2), "zeros"]), "must return a list"),
+        (Returns([np.zeros(2), np.array(["a"])]), "arrays of numbers"),
+        (Returns([np.zeros(2), np.array([None])]), "arrays of numbers"),
+    ],
+    ids=["raises", "none", "dict", "no_array", "text", "object"],
+)
+def test_a_method_without_a_memory_to_begin_with_leaves_the_old_one(bad, match):
+    model = wrap(Counting())
+    fit(model, 1)
+    before = model.method, [id(v) for v in model.variables], values(model.variables)
+    with pytest.raises((RuntimeError, ValueError), match=match):
+        model.method = bad
+    assert (model.method, [id(v) for v in model.variables]) == before[:2]
+    assert_same(model.variables, before[2], bits=True)
+    fit(model, 1)
+    np.testing.assert_array_equal(values(model.method_state), [[4, 4]])
+
+
+@AS_WRITTEN
+def test_a_method_with_which_no_step_can_be_made_leaves_the_old_one(monkeypatch):
+    model = wrap(Counting())
+    fit(model, 1)
+    before = model.method, [id(v) for v in model.variables]
+    monkeypatch.setattr(model, "_check_reduction", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.method = "gsam"
+    assert (model.method, [id(v) for v in model.variables]) == before
+
+
+def test_a_memory_is_a_copy_of_the_first_one():
+    state = np.zeros(2, "float32")
+    model = wrap(Returns([state]))
+    model.method_state[0].assign(np.ones(2, "float32"))
+    np.testing.assert_array_equal(state, [0, 0])
+
+
 @AS_WRITTEN
 @pytest.mark.parametrize("method", [None, "bsam", Counting()], ids=["plain", "bsam", "memory"])
 def test_a_switched_model_is_saved_with_its_method(method, tmp_path):

@@ -116,7 +116,10 @@ def test_the_wrapper_has_the_weights_of_the_model_and_no_others():
     assert [v.path for v in wrapper.trainable_variables] == [
         v.path for v in inner.trainable_variables
     ]
-    assert wrapper.count_params() - inner.count_params() == len(
+    assert [v.path for v in wrapper.weights] == [v.path for v in inner.weights]
+    assert wrapper.count_params() == inner.count_params()
+    # What else it has belongs to the training, as the variables of an optimizer do.
+    assert len(wrapper.variables) - len(inner.variables) == len(
         [wrapper.skipped_steps, wrapper.highest_learning_rate, *wrapper.method.settings]
     )
 

@@ -161,6 +161,48 @@ def test_draw_from_own_seeds_makes_dropout_move_its_seed():
     assert dropout.get_config()["seed"] is None
 
 
+def test_start_at_epoch_is_where_fit_starts():
+    class Restores(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            _keras.start_at_epoch(self.model, 2)
+
+    model, x, y = compiled_model(), np.ones((4, 3)), np.ones((4, 1))
+    history = model.fit(x, y, epochs=3, callbacks=[Restores()], verbose=0)
+    assert history.epoch == [2], "see start_at_epoch"
+    _keras.start_at_epoch(model, None)
+    assert model.fit(x, y, epochs=2, initial_epoch=1, verbose=0).epoch == [1]
+
+
+def test_is_saving_legacy_h5_tells_which_format_asks_for_a_config(tmp_path):
+    calls = []
+
+    class Model(keras.Sequential):
+        def get_config(self):
+            calls.append(_keras.is_saving_legacy_h5())
+            return super().get_config()
+
+    model = Model([keras.Input((3,)), layers.Dense(1)])
+    model.save(tmp_path / "model.h5")
+    model.save(tmp_path / "model.keras")
+    assert calls == [True, False], "see is_saving_legacy_h5"
+
+
+def test_a_build_that_takes_anything_is_given_nothing_in_a_call():
+    """So that the wrapper knows a call from a `build` by hand, and builds nothing in the former."""
+    calls = []
+
+    class Model(keras.Model):
+        def build(self, *args, **kwargs):
+            calls.append((args, kwargs))
+
+        def call(self, x):
+            return x
+
+    Model()(np.ones((2, 3)))
+    Model().build((None, 3))
+    assert calls == [((), {}), (((None, 3),), {})], "see SharpnessAwareModel.build"
+
+
 def test_has_mask_tells_what_a_layer_has_masked():
     x = keras.ops.convert_to_tensor(np.array([[[1.0], [0.0]]], "float32"))
     assert _keras.has_mask(layers.Masking()(x)), "see has_mask"

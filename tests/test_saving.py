@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_sharp import SharpnessAwareModel, methods, schedules
+from keras_sharp import SharpnessAwareModel, callbacks, methods, saving, schedules
 from tests import models
 from tests.models import BACKEND, assert_close, assert_same
 
@@ -179,6 +179,396 @@ def test_backup_and_restore_goes_on_after_an_interruption(method, tmp_path):
     assert_equal_training(again, straight)
     assert_same(logs["rho"], expected["rho"][2:], bits=True)
     assert int(again.skipped_steps) == 4
+
+
+# The method is the one of the file
+
+
+class Mine(methods.SAM):
+    """A class that Keras does not know."""
+
+
+SWITCHES = {
+    "asam": lambda: "asam",  # With variables like SAM's.
+    "gsam": lambda: "gsam",
+    "plain": lambda: None,
+    "remembers": lambda: Remembers(rho=0.2),
+    "not_registered": lambda: Mine(rho=lambda step: 0.3),
+}
+AS_WRITTEN = pytest.mark.usefixtures("as_written")
+
+
+class Stop(keras.callbacks.Callback):
+    """The power fails before a batch of an epoch."""
+
+    def __init__(self, epoch, batch):
+        super().__init__()
+        self.at, self.epoch = (epoch, batch), None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if (self.epoch, batch) == self.at:
+            raise KeyboardInterrupt
+
+
+def resumed(second, stop, tmp_path, **kwargs):
+    """An undisturbed run of three epochs of three batches, and one that was stopped and goes on."""
+    x, y = models.regression(12)
+
+    def run(folder, *extra):
+        wrapper = SharpnessAwareModel(batchnorm_net(), "sam")
+        wrapper.compile(adam(), "mse")
+        backup = keras.callbacks.BackupAndRestore(tmp_path / folder, **kwargs)
+        extra = [backup, *second(), *extra]
+        return wrapper, wrapper.fit(x, y, epochs=3, callbacks=extra, **FIT).history
+
+    straight, expected = run("straight")
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", Stop(*stop))
+    again, logs = run("broken")
+    return straight, again, expected, logs
+
+
+def switch(method):
+    return lambda: [callbacks.SwitchMethod({1: method()})]
+
+
+@AS_WRITTEN
+@pytest.mark.parametrize(
+    "second", ["asam", "not_registered", *map(slow, ("gsam", "plain", "remembers"))]
+)
+def test_a_run_that_is_resumed_has_the_method_that_it_had(second, tmp_path):
+    straight, again, expected, logs = resumed(switch(SWITCHES[second]), (2, 0), tmp_path)
+    assert type(again.method) is type(straight.method)
+    assert_equal_training(again, straight)
+    assert logs["loss"] == expected["loss"][2:]
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch is eager in any case")
+def test_a_compiled_run_that_is_resumed_has_the_method_that_it_had(tmp_path):
+    straight, again, _, _ = resumed(switch(SWITCHES["asam"]), (2, 0), tmp_path)
+    assert type(again.method) is methods.ASAM
+    assert_same(again.model.variables, values_of(straight), bits=True)
+
+
+def values_of(wrapper):
+    return models.values(wrapper.model.variables)
+
+
+@AS_WRITTEN
+def test_an_epoch_that_was_broken_off_is_not_switched_again(tmp_path):
+    """Its first part has filled the memory of the method, which is not to be lost."""
+
+    class Counts(methods.SAM):
+        def initial_state(self, variables):
+            return [np.zeros((), "float32")]
+
+        def step(self, objective, w, g, state, rho):
+            return g, [state[0] + 1]
+
+    _, again, _, logs = resumed(switch(Counts), (1, 2), tmp_path, save_freq=1)
+    assert len(logs["loss"]) == 2
+    assert int(again.method_state[0]) == 2 + 2 * 3
+
+
+@AS_WRITTEN
+@pytest.mark.parametrize("save_freq", ["epoch", 1])
+def test_a_scheduled_rho_goes_on_from_where_it_was(save_freq, tmp_path):
+    """In the middle of an epoch, too, which then is not scheduled twice."""
+
+    def halve():
+        return [callbacks.RhoScheduler(lambda epoch, rho: rho / 2)]
+
+    _, again, expected, logs = resumed(halve, (2, 1), tmp_path, save_freq=save_freq)
+    assert logs["rho"] == expected["rho"][2:]
+    assert float(again.method.rho) == np.float32(0.05 / 8)
+
+
+@AS_WRITTEN
+@pytest.mark.parametrize("fresh", [True, slow(False)])
+def test_a_weights_file_brings_its_method(fresh, tmp_path):
+    one = make("gsam")
+    train(one)
+    one.save_weights(tmp_path / "model.weights.h5")
+    other = SharpnessAwareModel(batchnorm_net(), "sam")
+    other.compile(adam(), "mse", metrics=["mae"])
+    if fresh:
+        other.optimizer.build(other.trainable_variables)
+    else:
+        train(other)
+    other.load_weights(tmp_path / "model.weights.h5")
+    assert json.dumps(other.method.get_config()) == json.dumps(one.method.get_config())
+    assert_same(*(list(train(m).values()) for m in (other, one)), bits=True)
+    assert_equal_training(other, one)
+
+
+@AS_WRITTEN
+def test_a_method_that_is_the_same_stays_the_same_object(tmp_path):
+    """Nothing is compiled again, and who holds it may set its rho."""
+    one = SharpnessAwareModel(batchnorm_net(), methods.BSAM(rho=0.1))
+    one.method.rho = 0.3
+    one.save_weights(tmp_path / "model.weights.h5")
+    method = methods.BSAM(rho=0.2)
+    other = SharpnessAwareModel(batchnorm_net(), method)
+    other.load_weights(tmp_path / "model.weights.h5")
+    assert other.method is method
+    np.testing.assert_allclose(float(method.rho), 0.3)
+
+
+def test_a_linked_schedule_stays_linked(tmp_path):
+    """A config holds the number of that moment, in place of what is followed."""
+
+    def wrap(leader):
+        follows = schedules.ProportionalToLearningRate(maximum=leader.rho)
+        return SharpnessAwareModel(batchnorm_net(), methods.GSAM(rho=follows))
+
+    leader = methods.SAM(rho=0.3)
+    wrap(methods.SAM(rho=0.2)).save_weights(tmp_path / "model.weights.h5")
+    wrapper = wrap(leader)
+    wrapper.load_weights(tmp_path / "model.weights.h5")
+    assert wrapper.method.settings["rho"].schedule.maximum is leader.rho
+
+
+def test_a_function_of_the_step_is_the_one_of_the_script(tmp_path):
+    one = SharpnessAwareModel(batchnorm_net(), methods.SAM(rho=lambda step: 0.1))
+    one.save_weights(tmp_path / "model.weights.h5")
+    method = methods.SAM(rho=lambda step: 0.2)
+    other = SharpnessAwareModel(batchnorm_net(), method)
+    other.load_weights(tmp_path / "model.weights.h5")
+    assert other.method is method
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        (lambda: Mine(), "no registered class 'Mine'"),
+        (lambda: methods.SAM(rho=lambda step: 0.1), "a lambda is not registered"),
+        (lambda: methods.SAM(rho=slow), "the function 'slow' is not registered"),
+        (lambda: methods.SAM(rho=NoConfig()), "its `get_config` failed"),
+    ],
+    ids=["class", "lambda", "function", "no_config"],
+)
+def test_a_method_that_cannot_be_made_is_refused(method, reason, tmp_path):
+    one = SharpnessAwareModel(batchnorm_net(), method())
+    one.save_weights(tmp_path / "model.weights.h5")
+    other = SharpnessAwareModel(batchnorm_net(), "gsam")
+    with pytest.raises(ValueError, match=rf"{reason}.* The model has GSAM\. Set `model\.method`"):
+        other.load_weights(tmp_path / "model.weights.h5")
+    assert type(other.method) is methods.GSAM
+
+
+class NoConfig:
+    def __call__(self, step):
+        return 0.1
+
+
+def test_nothing_but_a_method_is_made_from_a_file():
+    """Weights are safe to load: no class is looked up by its module, none but methods is made."""
+    wrapper = SharpnessAwareModel(models.linear(), "sam")
+    record = {"epochs": {}, "arguments": {}}
+    for name in ("subprocess.Popen", "keras_sharp>SharpnessAwareModel", "tests>rising"):
+        method = {"module": "os", "class_name": name, "registered_name": name, "config": {}}
+        with pytest.raises(ValueError, match="no registered class"):
+            saving.saved_method(wrapper, {**record, "method": method})
+    inside = methods.serialize(methods.SAM())
+    inside["config"]["rho"] = {"module": "os", "class_name": "function", "config": "system"}
+    with pytest.raises(ValueError, match="'system' is not registered"):
+        saving.saved_method(wrapper, {**record, "method": inside})
+
+
+def without_record(monkeypatch):
+    """Files as version 0.1.0 wrote them."""
+    save = SharpnessAwareModel.save_own_variables
+
+    def old(self, store):
+        whole = {}
+        save(self, whole)
+        for key in whole.keys() - {saving.RECORD}:
+            store[key] = whole[key]
+
+    monkeypatch.setattr(SharpnessAwareModel, "save_own_variables", old)
+
+
+@AS_WRITTEN
+def test_a_file_of_the_first_version_is_loaded_with_a_warning(tmp_path, monkeypatch):
+    without_record(monkeypatch)
+    one, other = make("remembers"), make("remembers")
+    train(one)
+    one.save_weights(tmp_path / "model.weights.h5")
+    other.optimizer.build(other.trainable_variables)
+    with pytest.warns(UserWarning, match=r"0\.1\.0.* goes on with its own, Remembers"):
+        other.load_weights(tmp_path / "model.weights.h5")
+    assert_equal_training(other, one)
+
+
+OTHER_ARGUMENTS = {
+    "num_micro_batches": 2,
+    "perturbation_scope": "replica",
+    "perturb": "no_bias_no_norm",
+    "fresh_noise": True,
+}
+
+
+def test_other_arguments_of_the_constructor_are_told(tmp_path):
+    path = tmp_path / "model.weights.h5"
+    SharpnessAwareModel(batchnorm_net(), **OTHER_ARGUMENTS).save_weights(path)
+    with pytest.warns(UserWarning, match=r"saved by a model with") as caught:
+        SharpnessAwareModel(batchnorm_net()).load_weights(path)
+    (message,) = [str(w.message) for w in caught if "saved by" in str(w.message)]
+    assert all(f"{name}={value!r}" in message for name, value in OTHER_ARGUMENTS.items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SharpnessAwareModel(batchnorm_net(), **OTHER_ARGUMENTS).load_weights(path)
+
+
+@AS_WRITTEN
+@pytest.mark.parametrize("logs", [("sharpness",), ()], ids=["more", "fewer"])
+def test_extra_logs_do_not_matter_to_a_file(logs, tmp_path):
+    other = ("sharpness", "grad_norm") if not logs else ()
+    one, two = make("gsam", extra_logs=logs), make("gsam", extra_logs=other)
+    train(one)
+    one.save_weights(tmp_path / "model.weights.h5")
+    two.optimizer.build(two.trainable_variables)
+    two.load_weights(tmp_path / "model.weights.h5")
+    assert_equal_training(two, one)
+
+
+# Before the first step, as plain Keras
+
+
+class BuildsItself(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(1)
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+BUILT_BY_HAND = {
+    "sequential": lambda: keras.Sequential([layers.Dense(4), layers.Dense(1)]),
+    "subclassed": BuildsItself,
+}
+
+
+@AS_WRITTEN
+@pytest.mark.parametrize("kind", BUILT_BY_HAND)
+@pytest.mark.parametrize("method", ["sam", slow("remembers")])
+def test_a_model_that_is_built_by_hand_loads(kind, method, tmp_path):
+    """As KerasTuner does with the best model."""
+
+    def fresh():
+        method_ = Remembers() if method == "remembers" else method
+        wrapper = SharpnessAwareModel(BUILT_BY_HAND[kind](), method_)
+        wrapper.compile("sgd", "mse")
+        return wrapper
+
+    x, y = models.regression()
+    best, path = fresh(), tmp_path / "best.weights.h5"
+    best.fit(x, y, verbose=0)
+    best.save_weights(path)
+    for build in (
+        lambda m: m.build((None, 3)),
+        lambda m: m.build(input_shape=(None, 3)),
+        lambda m: m.build_from_config(best.get_build_config()),
+        lambda m: m.model.build((None, 3)),
+    ):
+        wrapper = fresh()
+        with pytest.raises(ValueError, match="has not yet been built"):
+            wrapper.load_weights(path)
+        build(wrapper)
+        assert wrapper.built
+        assert wrapper.count_params() == best.model.count_params()
+        wrapper.load_weights(path)
+        assert_same(wrapper.variables, best.variables, bits=True)
+    wrapper.fit(x, y, verbose=0)
+
+
+def test_a_shape_that_the_model_refuses_is_refused():
+    wrapper = SharpnessAwareModel(keras.Sequential([layers.Dense(1)]))
+    wrapper.build((None, 3))
+    with pytest.raises(ValueError, match="already been configured to use input shape"):
+        wrapper.build((None, 4))
+
+
+@AS_WRITTEN
+def test_a_model_without_weights_loads_no_weights(tmp_path):
+    """Plain Keras marks it as built, warns, and then loads nothing in silence."""
+    wrapper = SharpnessAwareModel(models.Subclassed())
+    with pytest.warns(UserWarning, match="does not have a `build"):
+        wrapper.build((None, 3))
+    with pytest.raises(ValueError, match=r"no weights into which .* Call it on a batch first"):
+        wrapper.load_weights(tmp_path / "any.weights.h5")
+    wrapper.compile("sgd", "mse")
+    wrapper.fit(*models.regression(), verbose=0)
+    assert len(wrapper.weights) > 0
+
+
+# Weights of the plain model
+
+
+def test_weights_are_those_of_the_plain_model():
+    wrapper, plain = SharpnessAwareModel(batchnorm_net(), "gsam"), batchnorm_net()
+    plain.set_weights([w + 1 for w in plain.get_weights()])
+    wrapper.set_weights(plain.get_weights())
+    assert_same(wrapper.model.variables, plain.variables, bits=True)
+    assert_same(wrapper.get_weights(), plain.get_weights(), bits=True)
+
+
+@AS_WRITTEN
+def test_the_best_weights_come_back_after_a_switch():
+    """Lists of weights do not depend on the method."""
+    wrapper = make("gsam")
+    stop = keras.callbacks.EarlyStopping("mae", mode="max", patience=9, restore_best_weights=True)
+    train(wrapper, epochs=2, callbacks=[callbacks.SwitchMethod({1: "asam"}), stop])
+    assert type(wrapper.method) is methods.ASAM
+
+
+@pytest.mark.parametrize("ending", [".weights.h5", ".keras", ".h5"])
+def test_a_file_of_the_plain_model_is_refused_with_the_line_to_write(ending, tmp_path):
+    plain, wrapper = batchnorm_net(), SharpnessAwareModel(batchnorm_net())
+    path = str(tmp_path / f"plain{ending}")
+    (plain.save_weights if ending == ".weights.h5" else plain.save)(path)
+    with pytest.raises(ValueError, match=r"`model\.model\.load_weights\(filepath\)`"):
+        wrapper.load_weights(path)
+    wrapper.model.load_weights(path)
+    assert_same(wrapper.get_weights(), plain.get_weights(), bits=True)
+
+
+def test_a_file_of_the_wrapper_reaches_a_plain_model_through_a_wrapper(tmp_path):
+    wrapper, plain = SharpnessAwareModel(batchnorm_net(), "gsam"), batchnorm_net()
+    wrapper.set_weights([w + 1 for w in wrapper.get_weights()])
+    wrapper.save_weights(tmp_path / "model.weights.h5")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        plain.load_weights(tmp_path / "model.weights.h5")
+    SharpnessAwareModel(plain).load_weights(tmp_path / "model.weights.h5")
+    assert_same(plain.get_weights(), wrapper.get_weights(), bits=True)
+
+
+# The legacy format
+
+
+@pytest.mark.parametrize("name", ["model.h5", "model.hdf5", "model.weights.h5"])
+def test_the_legacy_format_is_refused(name, tmp_path):
+    wrapper = SharpnessAwareModel(models.linear())
+    for save in (wrapper.save, lambda path: keras.saving.save_model(wrapper, path)):
+        with pytest.raises(ValueError, match=r"cannot `save` the legacy HDF5 .*'\.keras'"):
+            save(tmp_path / name)
+
+
+@pytest.mark.parametrize("wrap", [list, keras.callbacks.CallbackList], ids=["list", "CallbackList"])
+def test_a_checkpoint_in_the_legacy_format_is_refused_before_the_first_epoch(wrap, tmp_path):
+    wrapper = make("gsam")
+    before = values_of(wrapper)
+    checkpoint = keras.callbacks.ModelCheckpoint(str(tmp_path / "best.h5"), "loss")
+    with pytest.raises(ValueError, match="cannot `save` the legacy HDF5"):
+        train(wrapper, callbacks=wrap([checkpoint]))
+    assert_same(wrapper.model.variables, before, bits=True)
 
 
 def test_a_dynamic_loss_scale_is_saved(tmp_path):

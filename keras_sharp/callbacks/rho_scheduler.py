@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_sharp.callbacks.wrapped import check_wrapped
+from keras_sharp.callbacks.wrapped import begin, check_wrapped, is_done
 from keras_sharp.identifiers import did_you_mean
 from keras_sharp.methods import Plain
 
@@ -14,7 +14,9 @@ class RhoScheduler(keras.callbacks.Callback):
     As `keras.callbacks.LearningRateScheduler` does for the learning rate. At
     the end of each epoch the value is written into the logs. For a number
     that changes from step to step give the method a schedule instead, see
-    `keras_sharp.schedules`. Epochs of plain training are passed over.
+    `keras_sharp.schedules`. Epochs of plain training are passed over. In
+    training that goes on from a checkpoint, the value is the one that was
+    saved; an epoch that was broken off and begins again is not scheduled twice.
 
     Args:
         schedule: a function of the epoch (an integer, from 0 up) and the
@@ -56,6 +58,10 @@ class RhoScheduler(keras.callbacks.Callback):
         self.verbose = verbose
         self.name = name
 
+    def set_model(self, model):
+        super().set_model(model)
+        begin(model, self.name)
+
     def on_train_begin(self, logs=None):
         check_wrapped(self)
         self._check_method()
@@ -63,7 +69,7 @@ class RhoScheduler(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self._check_method()  # It may be another one now.
         method = self.model.method
-        if isinstance(method, Plain):
+        if isinstance(method, Plain) or is_done(self.model, self.name, epoch):
             return
         setattr(method, self.name, self.schedule(epoch, self._value()))
         if self.verbose > 0:

@@ -3,7 +3,8 @@
 import keras
 
 from keras_sharp import methods
-from keras_sharp.callbacks.wrapped import check_wrapped
+from keras_sharp.callbacks.wrapped import begin, check_wrapped, is_done
+from keras_sharp.model import SharpnessAwareModel
 
 
 class SwitchMethod(keras.callbacks.Callback):
@@ -12,9 +13,10 @@ class SwitchMethod(keras.callbacks.Callback):
     An adversary in the last part of training, or in the first one alone,
     costs less than one throughout. Weights, the state of the optimizer, and
     the statistics of the model stay as they are; a switch costs one
-    compilation. The model keeps, and saves, the method that it has: in
-    training that goes on with `initial_epoch`, earlier switches are not done
-    again.
+    compilation. The model keeps, and saves, the method that it has: training
+    that goes on with `initial_epoch`, or from the checkpoint of a
+    `BackupAndRestore`, has the method that was on, with its memory, and does
+    not repeat earlier switches.
 
     A hyperparameter in proportion to the learning rate, as BSAM's `rho_min`,
     takes the highest rate since its method began, unless it was given
@@ -65,11 +67,18 @@ class SwitchMethod(keras.callbacks.Callback):
         self.schedule = {epoch: methods.get(method) for epoch, method in schedule.items()}
         self.verbose = verbose
 
+    def set_model(self, model):
+        super().set_model(model)
+        begin(model, "method")
+        if isinstance(model, SharpnessAwareModel):
+            # A checkpoint, loaded as training begins, may be one of these.
+            model.progress.methods = self.schedule
+
     def on_train_begin(self, logs=None):
         check_wrapped(self)
 
     def on_epoch_begin(self, epoch, logs=None):
-        if epoch not in self.schedule:
+        if epoch not in self.schedule or is_done(self.model, "method", epoch):
             return
         self.model.method = self.schedule[epoch]
         if self.verbose > 0:

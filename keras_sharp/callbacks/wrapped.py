@@ -1,4 +1,4 @@
-"""The check that callbacks which steer a method have in common."""
+"""What callbacks that steer a method have in common."""
 
 from keras_sharp.model import SharpnessAwareModel
 
@@ -12,3 +12,25 @@ def check_wrapped(callback):
             f"{type(callback.model).__name__}. Wrap the model first: "
             "SharpnessAwareModel(model, method)."
         )
+
+
+def begin(model, what):
+    """Forget for which epoch the method or a number was set: a new training begins.
+
+    Callbacks do so in `set_model`, before `on_train_begin`, where a checkpoint
+    may be restored that knows better.
+    """
+    if isinstance(model, SharpnessAwareModel):
+        model.progress.epochs.pop(what, None)
+
+
+def is_done(model, what, epoch):
+    """Whether the method or a number was set for this epoch already; from now on it is.
+
+    It was if the epoch was broken off after that, and begins again from a
+    checkpoint that was saved in its middle.
+    """
+    epochs = model.progress.epochs
+    done = epochs.get(what) == epoch
+    epochs[what] = epoch
+    return done

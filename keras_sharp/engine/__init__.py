@@ -37,12 +37,14 @@ from keras_sharp.engine._keras import build_symbolically as build_symbolically
 from keras_sharp.engine._keras import data_adapter as data_adapter
 from keras_sharp.engine._keras import exchanging_variables as exchanging_variables
 from keras_sharp.engine._keras import has_mask as has_mask
+from keras_sharp.engine._keras import is_saving_legacy_h5 as is_saving_legacy_h5
 from keras_sharp.engine._keras import is_validation_of_fit as is_validation_of_fit
 from keras_sharp.engine._keras import loss_tracker as loss_tracker
 from keras_sharp.engine._keras import losses_of_outputs as losses_of_outputs
 from keras_sharp.engine._keras import masks_of as masks_of
 from keras_sharp.engine._keras import set_masks as set_masks
 from keras_sharp.engine._keras import share_compiled_state as share_compiled_state
+from keras_sharp.engine._keras import start_at_epoch as start_at_epoch
 from keras_sharp.engine._keras import stateless_scope as stateless_scope
 from keras_sharp.engine._keras import update_losses_of_outputs as update_losses_of_outputs
 

@@ -6,6 +6,7 @@
 import contextlib
 
 import keras
+from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.random.seed_generator import global_seed_generator
 from keras.src.trainers.data_adapters import get_data_adapter
@@ -156,6 +157,23 @@ def data_adapter(x, y, sample_weight, batch_size):
     converted and checked alike.
     """
     return get_data_adapter(x, y, sample_weight, batch_size=batch_size)
+
+
+def start_at_epoch(model, epoch):
+    """Let the `fit` that begins, or has begun, start at an epoch; `None`: where it was told.
+
+    A callback knows it in `on_train_begin` only, when the arguments are given.
+    """
+    model._initial_epoch = epoch
+
+
+def is_saving_legacy_h5():
+    """Whether a config is asked for by the legacy HDF5 format.
+
+    It asks for nothing else that a model could refuse, and loads what it cannot
+    hold as if it had it.
+    """
+    return bool(get_global_attribute("use_legacy_config"))
 
 
 def is_validation_of_fit(kwargs):
