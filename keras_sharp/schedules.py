@@ -98,6 +98,12 @@ class Setting:
 
     def assign(self, value):
         """Set the value by hand."""
+        if callable(value):
+            raise ValueError(
+                f"A schedule of `{self.name}` is given when the method is made; later, "
+                f"`{self.name}` takes numbers only. Received: {self.name}={value!r}. Make another "
+                f"method: `model.method = keras_sharp.methods.SAM({self.name}=...)`, say."
+            )
         if self.schedule is not None:
             raise TypeError(
                 f"`{self.name}` was given as a schedule ({self.schedule!r}), which sets it at "
@@ -117,10 +123,51 @@ class Setting:
         if self.schedule is None:
             return engine.read(self.variable)
         if isinstance(self.schedule, ProportionalToLearningRate):
-            value = self.schedule(*learning_rate())
-        else:
+            return ops.cast(self.schedule(*learning_rate()), self.variable.dtype)
+        value = self._ask(step)
+        # A step with NaN is skipped, counted and told of; one with a negative radius would descend.
+        return value * ops.cast(ops.where(value >= self.minimum, 1.0, math.nan), value.dtype)
+
+    def check_at(self, step):
+        """Refuse a schedule that gives no valid number at a step, before it is compiled.
+
+        Args:
+            step: integer tensor, a step whose number is known.
+        """
+        if self.schedule is None or isinstance(self.schedule, ProportionalToLearningRate):
+            return
+        value = float(ops.convert_to_numpy(self._ask(step)))
+        if not self.minimum <= value < math.inf:
+            raise ValueError(
+                f"`{self.name}` must be a finite number >= {self.minimum:g} at every step. "
+                f"Received: {self.name}={self.schedule!r}, which gives {value!r} at step "
+                f"{int(ops.convert_to_numpy(step))}."
+            )
+
+    def _ask(self, step):
+        """What the schedule answers, a scalar tensor; its failures are told by name."""
+        try:
             value = self.schedule(step)
-        return ops.cast(value, self.variable.dtype)
+        except Exception as error:
+            raise ValueError(
+                f"{self._contract()} It raised {type(error).__name__}: {_first_line(error)}"
+            ) from error
+        try:
+            numeric = value is not None and not isinstance(value, (str, bytes, bool))
+            value = ops.cast(value, self.variable.dtype) if numeric else None
+        except Exception:  # Each backend raises errors of its own for what is no tensor.
+            numeric = False
+        if not numeric or value.shape != ():
+            raise ValueError(f"{self._contract()} It returned {value!r}.")
+        return value
+
+    def _contract(self):
+        return (
+            f"`{self.name}` as a function of the step takes one argument, the number of the step, "
+            "a scalar integer tensor, and returns a number or a scalar tensor. It is compiled into "
+            "the training step: choose with `keras.ops.where`, not with `if`. Received: "
+            f"{self.name}={self.schedule!r}."
+        )
 
     def config(self):
         """The value as a constructor argument, as plain as can be."""
@@ -147,6 +194,10 @@ class Setting:
                 f"Received: {self.name}={value!r}"
             )
         return number
+
+
+def _first_line(error):
+    return str(error).strip().partition("\n")[0]
 
 
 @keras.saving.register_keras_serializable(package="keras_sharp")
