@@ -177,7 +177,8 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
         self.fresh_noise = fresh_noise
         self.extra_logs = _check_extra_logs(extra_logs)
         self._takes_part = get_choice(perturb)
-        self._checked = False
+        self._checked = self._told_of_freezing = False
+        self._frozen = {}
         self._largest_batch = 0
 
         self.skipped_steps = self.add_weight(
@@ -192,6 +193,7 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
             keras.metrics.Mean(name=key) for key in self.extra_logs if key != "skipped_steps"
         ]
         self.built = model.built
+        self._follow_freezing()
 
     def __setattr__(self, name, value):
         if isinstance(getattr(type(self), name, None), property):
@@ -295,8 +297,8 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
         )
         engine.share_compiled_state(self.model, self)
         warn_of_plain_training(self.model, self.name)
-        self._checked = False
-        self._frozen_when_compiled = self._frozen_layers()
+        self._checked = self._told_of_freezing = False
+        self._follow_freezing()
         self._check_reduction()
 
     def get_compile_config(self):
@@ -397,9 +399,7 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
         x, _, _ = preprocess_data(self.model, (x, None, None), batch_size)
         return super().predict(x, batch_size, *args, **kwargs)
 
-    def train_on_batch(
-        self, x, y=None, sample_weight=None, class_weight=None, return_dict=False
-    ):
+    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """One step of training, as `keras.Model.train_on_batch` does.
 
         Args:
@@ -658,23 +658,37 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
         """Whether each layer is frozen, by its `id`."""
         return {id(layer): not layer.trainable for layer in engine.all_layers(self)}
 
+    def _freezing_has_changed(self):
+        before = self._frozen
+        return any(frozen != before.get(i, frozen) for i, frozen in self._frozen_layers().items())
+
+    def _follow_freezing(self):
+        """Take note of what is frozen now. The memory of the method was that of other weights."""
+        if self.method_state and self._freezing_has_changed():
+            self.method = self.method
+        self._frozen = self._frozen_layers()
+
     def _check_frozen(self):
-        """Warn if layers were frozen, or set free, since the model was compiled."""
-        now, before = self._frozen_layers(), self._frozen_when_compiled
-        if any(frozen != before.get(layer, frozen) for layer, frozen in now.items()):
-            warnings.warn(
-                "`trainable` of a layer was set after the model was compiled. As in plain Keras, "
-                "this takes effect when the model is compiled again: until then the step may "
-                "train what it trained before. Call `compile` of the wrapper.",
-                stacklevel=2,
-            )
-            self._frozen_when_compiled = now
-            self._checked = False
+        """Tell if layers were frozen, or set free, since the training step was made."""
+        if not self._freezing_has_changed() or self._told_of_freezing:
+            return
+        if self.train_function is None:
+            self._follow_freezing()
+            return
+        message = (
+            "`trainable` of a layer was set after the model was compiled. As in plain Keras, this "
+            "takes effect when the model is compiled again: until then a step may train what it "
+            "trained before, or fail. Call `compile` of the wrapper."
+        )
+        if not self._survives_failed_steps:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
+        self._told_of_freezing, self._checked = True, False
 
     def _check_hyperparameters(self):
         """Refuse schedules that give no valid number for the next step."""
         for setting in self.method.settings.values():
-            setting.check_at(ops.convert_to_tensor(self.optimizer.iterations))
+            setting.check_at(ops.convert_to_tensor(self.optimizer.iterations), self._as_in_step)
         self.method.in_training = True
 
     def _check_trainable(self):

@@ -128,15 +128,17 @@ class Setting:
         # A step with NaN is skipped, counted and told of; one with a negative radius would descend.
         return value * ops.cast(ops.where(value >= self.minimum, 1.0, math.nan), value.dtype)
 
-    def check_at(self, step):
-        """Refuse a schedule that gives no valid number at a step, before it is compiled.
+    def check_at(self, step, as_in_step):
+        """Refuse a schedule that gives no valid number at a step, before that is compiled.
 
         Args:
             step: integer tensor, a step whose number is known.
+            as_in_step: function that returns a function of tensors as the
+                step would run it: compiled, say.
         """
         if self.schedule is None or isinstance(self.schedule, ProportionalToLearningRate):
             return
-        value = float(ops.convert_to_numpy(self._ask(step)))
+        value = float(ops.convert_to_numpy(as_in_step(self._ask)(step)))
         if not self.minimum <= value < math.inf:
             raise ValueError(
                 f"`{self.name}` must be a finite number >= {self.minimum:g} at every step. "

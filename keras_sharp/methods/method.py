@@ -106,9 +106,7 @@ class Method:
     def hyperparameters(cls):
         """The names of the numbers that may change in training, a list."""
         return [
-            name
-            for name in dir(cls)
-            if isinstance(getattr(cls, name), schedules.Hyperparameter)
+            name for name in dir(cls) if isinstance(getattr(cls, name), schedules.Hyperparameter)
         ]
 
     def direction(self, objective, w, g, **hyperparameters):
