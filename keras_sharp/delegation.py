@@ -30,7 +30,6 @@ class Delegation:
 
     model: keras.Model
 
-    layers = _of_model("layers")
     input = _of_model("input")
     inputs = _of_model("inputs")
     input_shape = _of_model("input_shape")

@@ -1,7 +1,6 @@
 """Looking things up by name, with a helpful error when there is no such thing."""
 
 import difflib
-import os
 
 import keras
 
@@ -50,7 +49,9 @@ def meant(name, names):
 
 def _is_slip(name, known):
     short, long = sorted((name.lower(), known.lower()), key=len)
-    same = len(os.path.commonprefix((short, long)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short)
+    )
     short, long = short[same:], long[same:]
     return (
         short == long[1:]

@@ -149,18 +149,18 @@ class Setting:
     def _ask(self, step):
         """What the schedule answers, a scalar tensor; its failures are told by name."""
         try:
-            value = self.schedule(step)
+            answer = self.schedule(step)
         except Exception as error:
             raise ValueError(
                 f"{self._contract()} It raised {type(error).__name__}: {_first_line(error)}"
             ) from error
         try:
-            numeric = value is not None and not isinstance(value, (str, bytes, bool))
-            value = ops.cast(value, self.variable.dtype) if numeric else None
+            numeric = answer is not None and not isinstance(answer, (str, bytes, bool))
+            value = ops.cast(answer, self.variable.dtype) if numeric else None
         except Exception:  # Each backend raises errors of its own for what is no tensor.
             numeric = False
         if not numeric or value.shape != ():
-            raise ValueError(f"{self._contract()} It returned {value!r}.")
+            raise ValueError(f"{self._contract()} It returned {answer!r}.")
         return value
 
     def _contract(self):
