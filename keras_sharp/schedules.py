@@ -23,6 +23,7 @@ per epoch, as `LearningRateScheduler` does, use
 """
 
 import math
+import typing
 
 import keras
 from keras import ops
@@ -148,15 +149,18 @@ class Setting:
 
     def _ask(self, step):
         """What the schedule answers, a scalar tensor; its failures are told by name."""
+        schedule: typing.Any = self.schedule
+        value: typing.Any = None
         try:
-            answer = self.schedule(step)
+            answer = schedule(step)
         except Exception as error:
             raise ValueError(
                 f"{self._contract()} It raised {type(error).__name__}: {_first_line(error)}"
             ) from error
         try:
             numeric = answer is not None and not isinstance(answer, (str, bytes, bool))
-            value = ops.cast(answer, self.variable.dtype) if numeric else None
+            if numeric:
+                value = ops.cast(answer, self.variable.dtype)
         except Exception:  # Each backend raises errors of its own for what is no tensor.
             numeric = False
         if not numeric or value.shape != ():

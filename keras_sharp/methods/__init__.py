@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 #: Every method by its name. The property tests run over this table.
-METHODS = {
+METHODS: dict[str, type[Method]] = {
     "sam": SAM,
     "asam": ASAM,
     "gsam": GSAM,
