@@ -55,6 +55,13 @@ def test_losses_of_outputs_are_updated_with_the_loss():
     assert [float(m.result()) for m in metrics] == [1.0, 0.0], "see update_losses_of_outputs"
 
 
+def test_in_order_gives_the_logs_as_train_on_batch_does():
+    model = compiled_model()
+    logs = model.train_on_batch(np.ones((4, 3)), np.ones((4, 1)), return_dict=True)
+    assert _keras.in_order(model, logs) == [logs["loss"], logs["mae"]], "see in_order"
+    assert _keras.in_order(model, {"loss": 1.0}) == 1.0, "see in_order"
+
+
 def test_build_symbolically_builds_model_losses_metrics_and_optimizer():
     model = keras.Sequential([layers.Dense(2)])
     model.compile("adam", "mse", metrics=["mae"])

@@ -37,6 +37,7 @@ from keras_sharp.engine._keras import build_symbolically as build_symbolically
 from keras_sharp.engine._keras import data_adapter as data_adapter
 from keras_sharp.engine._keras import exchanging_variables as exchanging_variables
 from keras_sharp.engine._keras import has_mask as has_mask
+from keras_sharp.engine._keras import in_order as in_order
 from keras_sharp.engine._keras import is_saving_legacy_h5 as is_saving_legacy_h5
 from keras_sharp.engine._keras import is_validation_of_fit as is_validation_of_fit
 from keras_sharp.engine._keras import loss_tracker as loss_tracker

@@ -301,12 +301,19 @@ class Trainer:
     """The glue into `JAXTrainer`: state in, state out."""
 
     model: keras.Model  # The wrapped one.
+    _survives_failed_steps = (
+        False  # Keras gives the weights to a step, which loses them if it fails.
+    )
 
     def _divides_batches(self):
         """Whether each replica sees its own part of a batch only."""
         return keras.distribution.distribution() is not None and (
             self.perturbation_scope == "replica"
         )
+
+    def _as_in_step(self, fn):
+        """A pure function of tensors, run as the step is."""
+        return jax.jit(fn) if self.jit_compile and not self.run_eagerly else fn
 
     def compute_loss_and_updates(
         self,

@@ -94,6 +94,15 @@ def update_losses_of_outputs(model, y, y_pred, sample_weight):
     model._compile_loss(y, y_pred, sample_weight)
 
 
+def in_order(model, logs):
+    """Logs as `train_on_batch` returns them: a list in the order of Keras, or a single number.
+
+    The order follows the metrics inside Keras' own containers, which have no
+    public names.
+    """
+    return model._flatten_metrics_in_order(logs)
+
+
 def build_symbolically(model, data):
     """Build model, losses, metrics and optimizer from the shapes of a batch.
 

@@ -389,6 +389,7 @@ class Trainer(StrategyTrainer):
     """The glue into `TensorFlowTrainer`: the step is what `tf.function` traces."""
 
     model: keras.Model  # The wrapped one.
+    _survives_failed_steps = True
 
     def _divides_batches(self):
         """Whether each replica sees its own part of a batch only."""
@@ -402,6 +403,11 @@ class Trainer(StrategyTrainer):
 
     def make_test_function(self, force=False):
         return self._without_xla(super().make_test_function, force)
+
+    def _as_in_step(self, fn):
+        """A pure function of tensors, run as the step is."""
+        # A `partial`: see `compiled`. The step is not translated by AutoGraph either.
+        return fn if self.run_eagerly else tf.function(functools.partial(fn), autograph=False)
 
     def _shares_variables(self):
         with self.distribute_strategy.scope():

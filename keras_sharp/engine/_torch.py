@@ -348,10 +348,15 @@ class Trainer:
     """The glue into `TorchTrainer`: the step runs eagerly."""
 
     model: keras.Model  # The wrapped one.
+    _survives_failed_steps = True
 
     def _divides_batches(self):
         """Whether each replica sees its own part of a batch only."""
         return num_replicas() > 1
+
+    def _as_in_step(self, fn):
+        """A pure function of tensors, run as the step is: at once."""
+        return fn
 
     def train_step(self, data):
         return self._with_metrics_of_all(self.sharpness_aware_step, data)
