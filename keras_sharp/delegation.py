@@ -54,13 +54,6 @@ class Delegation:
         """Print the summary of the wrapped model, as `keras.Model.summary` does."""
         self.model.summary(*args, **kwargs)
 
-    def count_params(self):
-        """The number of parameters of the wrapped model.
-
-        The wrapper has a few numbers more, such as rho: `weights` lists them.
-        """
-        return self.model.count_params()
-
     def add_loss(self, loss):
         """Add a loss to the wrapped model, which computes the losses."""
         self.model.add_loss(loss)

@@ -101,6 +101,7 @@ SAME = {
     "trainable": lambda m: m.trainable,
     "trainable_variables": lambda m: m.trainable_variables,
     "trainable_weights": lambda m: m.trainable_weights,
+    "weights": lambda m: m.weights,
     "variable_dtype": lambda m: m.variable_dtype,
 }
 
@@ -134,7 +135,6 @@ OWN = {
     "set_state_tree": "test_the_state_tree_is_that_of_training_and_can_be_set",
     "set_weights": "test_saving.py",
     "variables": "test_the_variables_hold_those_of_the_model",
-    "weights": "test_saving.py",
     # Building and files.
     "layers": "test_files_hold_the_wrapped_model_as_a_layer",
     "build": "test_saving.py",
