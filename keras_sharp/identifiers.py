@@ -36,3 +36,25 @@ def did_you_mean(name, names):
     """A question that names the nearest spelling, or nothing."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def meant(name, names):
+    """The one of `names` that `name` is up to one slip of the fingers, or `None`.
+
+    Stricter than `did_you_mean`, to tell a slip from a name of its own: a
+    letter more, less or another one, or two that are swapped.
+    """
+    return next((known for known in names if name != known and _is_slip(name, known)), None)
+
+
+def _is_slip(name, known):
+    short, long = sorted((name.lower(), known.lower()), key=len)
+    same = next(
+        (i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short)
+    )
+    short, long = short[same:], long[same:]
+    return (
+        short == long[1:]
+        or short[1:] == long[1:]
+        or (short[:2] == long[1::-1] and short[2:] == long[2:])
+    )

@@ -8,7 +8,8 @@ import numpy as np
 from keras import ops
 
 from keras_sharp import engine, methods, saving, vectors
-from keras_sharp.identifiers import did_you_mean
+from keras_sharp.delegation import Delegation, warn_of_plain_training
+from keras_sharp.identifiers import did_you_mean, meant
 from keras_sharp.objective import Objective, State, TrainingLoss, compute_loss
 from keras_sharp.preprocessing import (
     only_preprocesses,
@@ -24,6 +25,16 @@ SCOPES = ("global", "replica")
 
 #: Logs that are computed only if asked for, by `extra_logs`.
 EXTRA_LOGS = ("perturbed_loss", "sharpness", "grad_norm", "grad_cosine", "skipped_steps")
+
+#: The arguments of the constructor that make the training step what it is.
+_FIXED = (
+    "model",
+    "num_micro_batches",
+    "perturbation_scope",
+    "perturb",
+    "fresh_noise",
+    "extra_logs",
+)
 
 #: Those arguments of `compile` that are not about optimizer, loss and metrics.
 _HOW_TO_RUN = ("run_eagerly", "steps_per_execution", "jit_compile", "auto_scale_loss")
@@ -47,7 +58,7 @@ _ADVICE = {
 
 
 @keras.saving.register_keras_serializable(package="keras_sharp")
-class SharpnessAwareModel(engine.Trainer, keras.Model):
+class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
     """Trains a Keras model with SAM, ASAM, GSAM, Adaptive-GSAM or BSAM.
 
     Wrap the model you have, then call `compile` and `fit` as always:
@@ -70,7 +81,8 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         model: the `keras.Model` to train: Sequential, Functional or
             subclassed, built or not. Its own `compile`, `compute_loss` and
             `compute_metrics` are kept. It is compiled along with the wrapper
-            and can be used by itself at any time. A task of KerasHub
+            and can be used by itself at any time; to train it by itself,
+            without an adversary, compile it by itself. A task of KerasHub
             preprocesses what `fit`, `evaluate` and `predict` of the wrapper
             are given, as its own methods do.
         method: the name of a method (`"sam"`, `"asam"`, `"gsam"`,
@@ -121,6 +133,10 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         - [Foret et al., 2021](https://arxiv.org/abs/2010.01412)
     """
 
+    def __new__(cls, *args, **kwargs):
+        _check_arguments(kwargs, inspect.signature(cls.__init__).parameters)
+        return super().__new__(cls, *args, **kwargs)
+
     def __init__(
         self,
         model,
@@ -162,7 +178,8 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         self.fresh_noise = fresh_noise
         self.extra_logs = _check_extra_logs(extra_logs)
         self._takes_part = get_choice(perturb)
-        self._checked = False
+        self._checked = self._told_of_freezing = False
+        self._frozen = {}
         self._largest_batch = 0
         self.progress = saving.Progress()
 
@@ -177,6 +194,40 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         self._extra_metrics = [
             keras.metrics.Mean(name=key) for key in self.extra_logs if key != "skipped_steps"
         ]
+        self._follow_freezing()
+
+    def __setattr__(self, name, value):
+        if isinstance(getattr(type(self), name, None), property):
+            # Past torch.nn.Module, which would take a module for a part of that name.
+            object.__setattr__(self, name, value)
+            return
+        if "_method" in vars(self) and not name.startswith("_"):
+            self._check_attribute(name, value)
+        super().__setattr__(name, value)
+
+    def _check_attribute(self, name, value):
+        """Refuse an attribute that would be taken and do nothing."""
+        received = f"Received: {name}={value!r}."
+        if name in _FIXED:
+            raise AttributeError(
+                f"`{name}` of a SharpnessAwareModel is fixed when it is made. {received} Wrap the "
+                f"plain model once more, with another `{name}`, and compile the new wrapper: "
+                "SharpnessAwareModel(model.model, ...)."
+            )
+        if hasattr(self, name):
+            return
+        numbers = {*self.method.settings, *methods.hyperparameters()}
+        if name in numbers:
+            raise AttributeError(
+                f"`{name}` is a number of the method, and no attribute of the SharpnessAwareModel "
+                f"around it. {received} Write `model.method.{name} = {value!r}`."
+            )
+        known = meant(name, [*numbers, *_FIXED, "method"])
+        if known is not None:
+            raise AttributeError(
+                f"A SharpnessAwareModel has no attribute `{name}`. {received} Did you mean "
+                f"`{f'method.{known}' if known in numbers else known}`?"
+            )
 
     @property
     def method(self):
@@ -292,7 +343,9 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
 
         The wrapped model is compiled along, with the same optimizer, loss and
         metrics. If it has defaults for them, as the tasks of KerasHub do, they
-        hold for the wrapper, too.
+        hold for the wrapper, too. What the wrapped model was compiled with
+        before is replaced; if it is compiled by itself later, the wrapper has
+        to be compiled again before it trains or evaluates.
 
         Args:
             *args: see `keras.Model.compile`.
@@ -307,7 +360,9 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             **{name: given[name] for name in _HOW_TO_RUN if name in given},
         )
         engine.share_compiled_state(self.model, self)
-        self._checked = False
+        warn_of_plain_training(self.model, self.name)
+        self._checked = self._told_of_freezing = False
+        self._follow_freezing()
         self._check_reduction()
 
     def get_compile_config(self):
@@ -326,7 +381,14 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """The metrics of the wrapped model."""
-        return self.model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        logs = self.model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        clash = self._own_logs() & logs.keys()
+        if clash:
+            raise ValueError(
+                f"The model has metrics named {sorted(clash)}, as logs of the wrapper are: one "
+                "would hide the other. Give the metrics other names."
+            )
+        return logs
 
     @property
     def metrics(self):
@@ -343,6 +405,9 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         """Check what can be checked before the first step, then do as Keras does."""
         engine.global_seeds()  # Made here, not while a function is traced.
         self._check_reduction()
+        if force or self.train_function is None:
+            self._check_hyperparameters()
+        self._check_frozen()
         if self._has_weights():
             self._check_trainable()
             self._remember()
@@ -366,6 +431,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             ValueError: if the model was not compiled, has no trainable
                 weights, or if a batch is too small for `num_micro_batches`.
         """
+        self._check_compiled("fit")
         bound = inspect.signature(super().fit).bind(x, y, batch_size, *args, **kwargs)
         bound.apply_defaults()
         saving.check_callbacks(bound.arguments["callbacks"])
@@ -379,7 +445,8 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             warnings.warn(
                 f"{skipped} training steps were skipped, because a loss or a gradient was not "
                 "finite. The weights were left as they were. Look for NaN or inf in the data, "
-                "lower the learning rate or rho, or clip the gradients.",
+                "lower the learning rate or rho, or clip the gradients. A function of the step "
+                "that gives a negative number or NaN for rho makes a step be skipped, too.",
                 stacklevel=2,
             )
         return history
@@ -388,6 +455,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, *args, **kwargs
     ):
         """The loss and the metrics of the wrapped model, as `keras.Model.evaluate` does."""
+        self._check_compiled("evaluate")
         if not engine.is_validation_of_fit(kwargs):  # `fit` has preprocessed it already.
             x, y, sample_weight = preprocess_data(self.model, (x, y, sample_weight), batch_size)
         return super().evaluate(x, y, batch_size, verbose, sample_weight, *args, **kwargs)
@@ -397,13 +465,36 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         x, _, _ = preprocess_data(self.model, (x, None, None), batch_size)
         return super().predict(x, batch_size, *args, **kwargs)
 
-    def train_on_batch(self, x, y=None, sample_weight=None, *args, **kwargs):
-        """One step of training, as `keras.Model.train_on_batch` does."""
-        batch = preprocess_batch(self.model, x, y, sample_weight)
-        return super().train_on_batch(*batch, *args, **kwargs)
+    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
+        """One step of training, as `keras.Model.train_on_batch` does.
+
+        Args:
+            x: see `keras.Model.train_on_batch`.
+            y: see `keras.Model.train_on_batch`.
+            sample_weight: see `keras.Model.train_on_batch`.
+            class_weight: see `keras.Model.train_on_batch`.
+            return_dict: Boolean. If `True`, all logs are returned, with
+                `"rho"` and `extra_logs` among them. Defaults to `False`: what
+                the plain model returns.
+
+        Returns:
+            The loss; or a list with the loss and the metrics; or a dictionary.
+        """
+        self._check_compiled("train_on_batch")
+        x, y, sample_weight = preprocess_batch(self.model, x, y, sample_weight)
+        logs = super().train_on_batch(x, y, sample_weight, class_weight, return_dict=True)
+        if return_dict:
+            return logs
+        own = self._own_logs()
+        return engine.in_order(self.model, {k: v for k, v in logs.items() if k not in own})
+
+    def _own_logs(self):
+        """The names of the logs that the plain model does not have."""
+        return {*self.extra_logs, *({"rho"} & self.method.settings.keys())}
 
     def test_on_batch(self, x, y=None, sample_weight=None, *args, **kwargs):
         """The loss and the metrics of a batch, as `keras.Model.test_on_batch` does."""
+        self._check_compiled("test_on_batch")
         batch = preprocess_batch(self.model, x, y, sample_weight)
         return super().test_on_batch(*batch, *args, **kwargs)
 
@@ -424,15 +515,17 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         self._check_trainable()
         x, y, sample_weight = batch = keras.utils.unpack_x_y_sample_weight(data)
         size = _batch_size(x)
-        hyperparameters = self._advance_hyperparameters()
+        hyperparameters, moved = self._hyperparameters_of_step()
         loss = TrainingLoss(self)
         state = loss.current_state()
 
         def run(carried, batch):
             noise, trackers = carried
             before = state._replace(noise=noise, trackers=trackers)
-            result, after, y_pred = self._run_method(loss, before, batch, hyperparameters)
-            return (after.noise, after.trackers), (result, after.statistics), y_pred
+            result, after = self._run_method(loss, before, batch, hyperparameters)
+            noise, statistics, trackers = after.state
+            left = statistics, after.written
+            return (noise, trackers), (result, left), (after.y_pred, after.masks)
 
         def run_parts(carried, batch):
             if self.num_micro_batches == 1:
@@ -446,34 +539,44 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             outcome = engine.average_replicas(run_parts, carried, batch)
         else:
             # The result is that of all replicas already, and the same on each.
-            carried, (result, statistics), y_pred = run_parts(carried, batch)
-            outcome = carried, (result, engine.mean_over_replicas(statistics, size)), y_pred
-        (noise, trackers), (result, statistics), y_pred = outcome
-        self._commit(loss, State(noise, statistics, trackers), result)
+            carried, (result, left), outputs = run_parts(carried, batch)
+            outcome = carried, (result, engine.mean_over_replicas(left, size)), outputs
+        (noise, trackers), (result, (statistics, written)), (y_pred, masks) = outcome
+        engine.set_masks(y_pred, masks)  # Gradients, and parts put together, have lost them.
+        of_outputs = engine.losses_of_outputs(self.model) if self.num_micro_batches > 1 else []
+        if of_outputs:
+            # Compiled, Keras weighs them by batches: a part would count as much as a larger one.
+            engine.update_losses_of_outputs(self.model, y, y_pred, sample_weight)
+            done = {id(v) for metric in of_outputs for v in metric.variables}
+            trackers = [
+                None if id(v) in done else value
+                for v, value in zip(loss.variables.trackers, trackers, strict=True)
+            ]
+        self._commit(loss, State(noise, statistics, trackers), written, moved, result)
         return self._update_logs(x, y, y_pred, sample_weight, size, result, hyperparameters)
 
     def _run_method(self, loss, before, batch, hyperparameters):
         """Ask the method for the direction on one (micro-)batch. Writes to no variable.
 
         Returns:
-            A triple: a dictionary with the direction and what else the step
-            needs; the `State` of the model afterwards; the predictions.
+            A pair: a dictionary with the direction and what else the step
+            needs; and the `Pass` at the weights of the model.
         """
         scale = self._loss_scale()
         size = _batch_size(batch)
         is_global = self.perturbation_scope == "global"
-        random_state = engine.random_state()
 
         def same_noise():
-            engine.set_random_state(random_state)
             return before.noise
 
         def next_noise():
-            return (perturbed if perturbed.evaluations else clean).aux[1].noise
+            return (perturbed if perturbed.evaluations else clean).aux.state.noise
 
         def objective(noise):
             return Objective.with_aux(
-                lambda w: loss(w, before._replace(noise=noise()), batch),
+                lambda w: loss(
+                    w, before._replace(noise=noise()), batch, perturbed=bool(clean.evaluations)
+                ),
                 perturbed=[self._takes_part(v) and not is_overwritten(v) for v in loss.weights],
                 biases=[is_bias(v) for v in loss.weights],
                 frozen=[is_overwritten(v) for v in loss.weights],
@@ -485,13 +588,16 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         clean = objective(same_noise)
         clean_loss, g = clean(w)
         # The perturbed passes will replace these.
-        (y_pred, after), overwritten = clean.aux, clean.frozen_gradient
+        after, overwritten = clean.aux, clean.frozen_gradient
+        # A layer may have put other weights in place of these: the gradient is that at those,
+        # and around them the adversary looks.
+        w = [old if new is None else new for old, new in zip(w, after.written, strict=True)]
 
         perturbed = objective(next_noise) if self.fresh_noise else clean
         memory = [engine.read(v) for v in self.method_state]
         direction, memory = self.method.step(perturbed, w, g, memory, **hyperparameters)
         if self.fresh_noise:  # The next step must not see the masks of the last pass again.
-            after = after._replace(noise=next_noise())
+            after = after._replace(state=after.state._replace(noise=next_noise()))
 
         evaluations = clean.evaluations + (perturbed.evaluations if self.fresh_noise else [])
         finite = (
@@ -510,12 +616,14 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             "finite": ops.cast(finite, "float32"),
             "extra_logs": self._extra_values(clean_loss, g, evaluations[-1]),
         }
-        return result, after, y_pred
+        return result, after
 
-    def _commit(self, loss, after, result):
+    def _commit(self, loss, after, written, moved, result):
         """Write the outcome of a step into the variables, all of it or nothing."""
         # The mean over micro-batches of 1 for finite and 0 for not.
-        finite = result["finite"] > 1 - 1e-6
+        finite = ops.logical_and(
+            result["finite"] > 1 - 1e-6, ops.isfinite(self.optimizer.learning_rate)
+        )
         weights, optimizer, direction = loss.weights, self.optimizer, result["direction"]
         _assign(loss.variables.trackers, after.trackers)  # They tell of skipped steps, too.
         state = [*loss.variables.noise, *loss.variables.statistics, *self.method_state]
@@ -524,16 +632,21 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
 
         def write():
             _assign(state, values)
+            _assign(weights, written)
+            for variable, value in moved:
+                variable.assign(value)
             if not own_skip:
                 engine.apply(optimizer, direction, weights)
 
         def skip():
             self.skipped_steps.assign_add(1)
 
-        written = [self.skipped_steps, *state]
-        if not own_skip:
-            written += [*weights, *optimizer.variables]
-        engine.run_either(finite, write, skip, written)
+        assigned = [self.skipped_steps, *state, *(variable for variable, _ in moved)]
+        if own_skip:
+            assigned += [v for v, value in zip(weights, written, strict=True) if value is not None]
+        else:
+            assigned += [*weights, *optimizer.variables]
+        engine.run_either(finite, write, skip, assigned)
         if own_skip:
             # It skips the step, and lowers its scale, by itself when it sees a NaN.
             poison = ops.where(finite, 0.0, float("nan"))
@@ -561,22 +674,31 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         }
         return {metric.name: values[metric.name]() for metric in self._extra_metrics}
 
-    def _advance_hyperparameters(self):
-        """The hyperparameters of this step, written into their variables."""
+    def _hyperparameters_of_step(self):
+        """The hyperparameters of this step.
+
+        Returns:
+            The values by name, a dictionary; and a list of variables that the
+            step moves, each in a pair with its new value.
+        """
+        moved = []
 
         def learning_rate():
             now = ops.cast(self.optimizer.learning_rate, self.highest_learning_rate.dtype)
             highest = ops.maximum(now, engine.read(self.highest_learning_rate))
-            self.highest_learning_rate.assign(highest)
+            moved.append((self.highest_learning_rate, highest))
             return now, highest
+
+        def read(variable):  # One may follow another, which comes first.
+            return next((value for v, value in moved if v is variable), engine.read(variable))
 
         step = ops.convert_to_tensor(self.optimizer.iterations)
         values = {}
         for name, setting in self.method.settings.items():
-            values[name] = setting.value_at(step, learning_rate)
+            values[name] = setting.value_at(step, learning_rate, read)
             if setting.schedule is not None:
-                setting.variable.assign(values[name])
-        return values
+                moved.append((setting.variable, values[name]))
+        return values, moved
 
     def _loss_scale(self):
         """The factor that keeps float16 gradients from underflow, or `None`."""
@@ -588,6 +710,64 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         return isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
 
     # Checks
+
+    def _check_compiled(self, name):
+        """Refuse to train or evaluate unless this wrapper was compiled, and last."""
+        if not self.compiled:
+            before = (
+                "The model inside was compiled by itself, which the wrapper does not take over. "
+                if self.model.compiled
+                else ""
+            )
+            raise ValueError(
+                f"A SharpnessAwareModel must be compiled before `{name}`, and this one, "
+                f"{self.name!r}, is not. {before}Call `compile` of the wrapper, with optimizer, "
+                "loss and metrics: the model inside is compiled along."
+            )
+        if engine.loss_tracker(self.model) is not engine.loss_tracker(self):
+            raise ValueError(
+                f"The model inside the SharpnessAwareModel {self.name!r} was compiled by itself, "
+                "or by another wrapper, after the wrapper: losses and metrics are no longer those "
+                f"that the wrapper was compiled with. Call `compile` of the wrapper before "
+                f"`{name}`."
+            )
+
+    def _frozen_layers(self):
+        """Whether each layer is frozen, by its `id`."""
+        return {id(layer): not layer.trainable for layer in engine.all_layers(self)}
+
+    def _freezing_has_changed(self):
+        before = self._frozen
+        return any(frozen != before.get(i, frozen) for i, frozen in self._frozen_layers().items())
+
+    def _follow_freezing(self):
+        """Take note of what is frozen now. The memory of the method was that of other weights."""
+        if self.method_state and self._freezing_has_changed():
+            self.method = self.method
+        self._frozen = self._frozen_layers()
+
+    def _check_frozen(self):
+        """Tell if layers were frozen, or set free, since the training step was made."""
+        if not self._freezing_has_changed() or self._told_of_freezing:
+            return
+        if self.train_function is None:
+            self._follow_freezing()
+            return
+        message = (
+            "`trainable` of a layer was set after the model was compiled. As in plain Keras, this "
+            "takes effect when the model is compiled again: until then a step may train what it "
+            "trained before, or fail. Call `compile` of the wrapper."
+        )
+        if not self._survives_failed_steps:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
+        self._told_of_freezing, self._checked = True, False
+
+    def _check_hyperparameters(self):
+        """Refuse schedules that give no valid number for the next step."""
+        for setting in self.method.settings.values():
+            setting.check_at(ops.convert_to_tensor(self.optimizer.iterations), self._as_in_step)
+        self.method.in_training = True
 
     def _check_trainable(self):
         if self._checked:
@@ -604,6 +784,13 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
                 f"{self.model.name!r}. Received: perturb={self.perturb!r}. Expected at least one "
                 f"weight; the model has {[v.path for v in variables[:5]]} ..."
             )
+        others = {id(v) for v in self.trainable_variables} - {id(v) for v in variables}
+        if others:
+            names = [v.path for v in self.trainable_variables if id(v) in others]
+            raise ValueError(
+                "The SharpnessAwareModel has trainable weights beside those of the model inside, "
+                f"which it does not train: {names}. Make them part of the model that is wrapped."
+            )
         if self._averages_parts() and any(is_overwritten(v) for v in variables):
             raise ValueError(
                 "Weights of a float8 layer that are overwritten with their gradient cannot be "
@@ -618,6 +805,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
                 stacklevel=2,
             )
         engine.check_layers(self.model)
+        engine.own_random_numbers(self.model)
         self._checked = True
 
     def _averages_parts(self):
@@ -786,6 +974,26 @@ def _check_state(method, arrays):
 
 def _batch_size(batch):
     return ops.shape(next(t for t in keras.tree.flatten(batch) if t is not None))[0]
+
+
+def _check_arguments(given, parameters):
+    """Say what to write in place of an argument that does not exist."""
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return  # A subclass that passes on what it does not know.
+    for name, value in given.items():
+        if name in parameters:
+            continue
+        if name in methods.hyperparameters():
+            advice = (
+                f" `{name}` is an argument of the method. Write SharpnessAwareModel(model, "
+                f"keras_sharp.methods.SAM({name}={value!r})), say."
+            )
+        else:
+            known = [p for p in parameters if p != "self"]
+            advice = f"{did_you_mean(name, known)} Expected arguments from {known}."
+        raise TypeError(
+            f"SharpnessAwareModel has no argument `{name}`.{advice} Received: {name}={value!r}"
+        )
 
 
 def _check_model(model):

@@ -23,6 +23,7 @@ per epoch, as `LearningRateScheduler` does, use
 """
 
 import math
+import typing
 
 import keras
 from keras import ops
@@ -98,6 +99,12 @@ class Setting:
 
     def assign(self, value):
         """Set the value by hand."""
+        if callable(value):
+            raise ValueError(
+                f"A schedule of `{self.name}` is given when the method is made; later, "
+                f"`{self.name}` takes numbers only. Received: {self.name}={value!r}. Make another "
+                f"method: `model.method = keras_sharp.methods.SAM({self.name}=...)`, say."
+            )
         if self.schedule is not None:
             raise TypeError(
                 f"`{self.name}` was given as a schedule ({self.schedule!r}), which sets it at "
@@ -106,21 +113,70 @@ class Setting:
             )
         self.variable.assign(self._check(value))
 
-    def value_at(self, step, learning_rate):
+    def value_at(self, step, learning_rate, read=engine.read):
         """The value for one step, a scalar tensor.
 
         Args:
             step: integer tensor, the steps of the optimizer so far.
             learning_rate: function without arguments that returns the
                 learning rate of this step and the highest one so far.
+            read: function that returns the value that another hyperparameter,
+                given by its variable, has in this step. Defaults to the one
+                that the variable holds.
         """
         if self.schedule is None:
             return engine.read(self.variable)
         if isinstance(self.schedule, ProportionalToLearningRate):
-            value = self.schedule(*learning_rate())
-        else:
-            value = self.schedule(step)
-        return ops.cast(value, self.variable.dtype)
+            return ops.cast(self.schedule(*learning_rate(), read), self.variable.dtype)
+        value = self._ask(step)
+        # A step with NaN is skipped, counted and told of; one with a negative radius would descend.
+        return value * ops.cast(ops.where(value >= self.minimum, 1.0, math.nan), value.dtype)
+
+    def check_at(self, step, as_in_step):
+        """Refuse a schedule that gives no valid number at a step, before that is compiled.
+
+        Args:
+            step: integer tensor, a step whose number is known.
+            as_in_step: function that returns a function of tensors as the
+                step would run it: compiled, say.
+        """
+        if self.schedule is None or isinstance(self.schedule, ProportionalToLearningRate):
+            return
+        value = float(ops.convert_to_numpy(as_in_step(self._ask)(step)))
+        if not self.minimum <= value < math.inf:
+            raise ValueError(
+                f"`{self.name}` must be a finite number >= {self.minimum:g} at every step. "
+                f"Received: {self.name}={self.schedule!r}, which gives {value!r} at step "
+                f"{int(ops.convert_to_numpy(step))}."
+            )
+
+    def _ask(self, step):
+        """What the schedule answers, a scalar tensor; its failures are told by name."""
+        schedule: typing.Any = self.schedule
+        value: typing.Any = None
+        try:
+            answer = schedule(step)
+        except Exception as error:
+            raise ValueError(
+                f"{self._contract()} It raised {type(error).__name__}: {_first_line(error)}"
+            ) from error
+        try:
+            numeric = answer is not None and not isinstance(answer, (str, bytes, bool))
+            if numeric:
+                value = ops.cast(answer, self.variable.dtype)
+        except Exception:  # Each backend raises errors of its own for what is no tensor.
+            numeric = False
+        if not numeric or value.shape != ():
+            raise ValueError(f"{self._contract()} It returned {answer!r}.")
+        return value
+
+    def _contract(self):
+        return (
+            f"`{self.name}` as a function of the step takes one argument, the number of the step, "
+            "a scalar integer tensor, and returns a number or a scalar tensor. It is compiled into "
+            "the training step: choose with `keras.ops.where`, not with `if`. Received: "
+            f"{self.name}={self.schedule!r}."
+        )
 
     def config(self):
         """The value as a constructor argument, as plain as can be."""
@@ -159,6 +215,10 @@ class Setting:
                 f"Received: {self.name}={value!r}"
             )
         return number
+
+
+def _first_line(error):
+    return str(error).strip().partition("\n")[0]
 
 
 @keras.saving.register_keras_serializable(package="keras_sharp")
@@ -209,12 +269,13 @@ class ProportionalToLearningRate:
             )
         self.max_learning_rate = max_learning_rate
 
-    def __call__(self, learning_rate, highest):
+    def __call__(self, learning_rate, highest, read=engine.read):
         """The value at a learning rate.
 
         Args:
             learning_rate: scalar tensor, the learning rate now.
             highest: scalar tensor, the highest one so far.
+            read: see `Setting.value_at`.
         """
         if self.max_learning_rate is not None:
             highest = ops.convert_to_tensor(self.max_learning_rate, dtype=learning_rate.dtype)
@@ -222,7 +283,7 @@ class ProportionalToLearningRate:
         share = ops.where(highest == 0, one, learning_rate / ops.where(highest == 0, one, highest))
         maximum = self.maximum
         if isinstance(maximum, keras.Variable):
-            maximum = ops.cast(engine.read(maximum), share.dtype)
+            maximum = ops.cast(read(maximum), share.dtype)
         return self.minimum + (maximum - self.minimum) * share
 
     def get_config(self):

@@ -6,6 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import scipy.sparse
 from keras import layers
 
 from keras_sharp import SharpnessAwareModel, methods
@@ -171,6 +172,21 @@ def test_class_weights_are_split_alike():
     assert_close(wrapper.model.variables, copy.variables)
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has no sparse inputs on PyTorch")
+def test_sparse_inputs_are_split_alike():
+    def build():
+        keras.utils.set_random_seed(0)
+        x = keras.Input((6,), sparse=True)
+        return keras.Model(x, layers.Dense(1)(x))
+
+    x = scipy.sparse.random(12, 6, 0.4, format="csr", random_state=0, dtype="float32")
+    y = np.random.default_rng(0).normal(size=(12, 1)).astype("float32")
+    wrapper, plain = pair(build, 3, methods.SAM(0.0))
+    for model in (wrapper, plain):
+        model.fit(x, y, batch_size=5, shuffle=False, verbose=0)
+    assert_close(wrapper.model.variables, plain.variables)
+
+
 def test_a_model_without_targets_is_split_alike():
     def build():
         keras.utils.set_random_seed(1)
@@ -222,6 +238,59 @@ def test_the_seed_advances_once_per_part():
     before = values([state])[0].astype("int64")
     wrapper.train_on_batch(*models.regression())
     assert_same([values([state])[0].astype("int64") - before], [[0, 4]], bits=True)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Counts(methods.Method):
+    """Plain training that counts its steps."""
+
+    def initial_state(self, variables):
+        return [np.zeros((), "int32"), np.zeros((), "float32"), np.zeros((2,), "bool")]
+
+    def step(self, objective, w, g, state):
+        return g, [state[0] + 1, state[1] + 1, keras.ops.logical_not(state[2])]
+
+
+def test_integers_in_the_memory_of_a_method_are_kept():
+    """They have no mean: weighted by a half and cast, a counter would stay at 0."""
+    wrapper, _ = pair(models.mlp, 3, Counts())
+    for _ in range(3):
+        wrapper.train_on_batch(*models.regression(8))
+    whole, number, odd = values(wrapper.method_state)
+    assert whole == 3
+    np.testing.assert_allclose(number, 3.0, rtol=1e-6)
+    assert np.all(odd)
+
+
+def two_outputs():
+    keras.utils.set_random_seed(0)
+    x = keras.Input((3,))
+    outputs = {"a": layers.Dense(1, name="a")(x), "b": layers.Dense(2, name="b")(x)}
+    return keras.Model(x, outputs)
+
+
+@pytest.mark.parametrize("examples", [5, 6])
+def test_the_logs_of_each_output_count_every_example_once(examples):
+    """In a last batch with fewer examples than parts, too: some parts are empty then."""
+    wrapper, plain = pair(two_outputs, 4, learning_rate=0.0)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(examples, 3)).astype("float32")
+    y = {name: rng.normal(size=(examples, n)).astype("float32") for name, n in (("a", 1), ("b", 2))}
+    options = {"batch_size": 4, "shuffle": False, "verbose": 0}
+    logs, expected = (model.fit(x, y, **options).history for model in (wrapper, plain))
+    for name in ("loss", "a_loss", "b_loss"):
+        np.testing.assert_allclose(logs[name], expected[name], rtol=1e-5, err_msg=name)
+    trackers = (m.metrics_variables for m in (wrapper.model, plain))
+    assert_close(*trackers)
+
+
+def test_a_last_batch_with_fewer_examples_than_parts_moves_seeds_once_per_example():
+    wrapper, _ = pair(lambda: models.dropout_net(dropout_seed=5), 4)
+    state = wrapper.model.get_layer("dropout").seed_generator.state
+    before = values([state])[0].astype("int64")
+    x, y = models.regression(6)
+    wrapper.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+    assert_same([values([state])[0].astype("int64") - before], [[0, 4 + 2]], bits=True)
 
 
 def test_one_part_that_is_not_finite_skips_the_whole_step():

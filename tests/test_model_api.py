@@ -1,5 +1,6 @@
 """What one does with a Keras model works with the wrapper: compile, fit, evaluate, predict."""
 
+import copy
 import csv
 import warnings
 
@@ -190,15 +191,41 @@ def test_the_training_argument_is_passed_on():
     assert np.any(noisy != calm)
 
 
-def test_train_on_batch_returns_a_dict_or_a_list(trained):
-    wrapper = trained.fresh()
-    x, y = models.classification(4)
-    logs = wrapper.train_on_batch(x, y, return_dict=True)
-    assert set(logs) == {"loss", "accuracy", "rho"}
-    wrapper = trained.fresh()
-    wrapper.reset_metrics()
-    loss, accuracy, rho = wrapper.train_on_batch(x, y)
-    assert_close([loss, accuracy, rho], [logs["loss"], logs["accuracy"], logs["rho"]])
+def test_train_on_batch_returns_rho_and_extra_logs_in_a_dict():
+    wrapper = SharpnessAwareModel(models.mlp(), extra_logs=["sharpness", "skipped_steps"])
+    wrapper.compile("sgd", "mse")
+    logs = wrapper.train_on_batch(*models.regression(), return_dict=True)
+    assert set(logs) == {"loss", "rho", "sharpness", "skipped_steps"}
+
+
+def two_outputs():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3,))
+    return keras.Model(inputs, [layers.Dense(1, name=name)(inputs) for name in ("b", "a")])
+
+
+@pytest.mark.parametrize(
+    ("make", "kwargs"),
+    [
+        (models.mlp, {"loss": "mse"}),
+        (models.mlp, {"loss": "mse", "metrics": ["mae"], "weighted_metrics": ["mse"]}),
+        (two_outputs, {"loss": ["mse", "mae"], "metrics": {"a": ["mae"], "b": ["mse"]}}),
+    ],
+    ids=["loss", "metrics", "outputs"],
+)
+def test_train_on_batch_returns_what_plain_keras_returns(make, kwargs):
+    """The same numbers in the same order, or a single one; `rho` is none of them."""
+    x, y = models.regression()
+    y = [y, 2 * y] if make is two_outputs else y
+    values = []
+    for wrap in (False, True):
+        model = make()
+        if wrap:
+            model = SharpnessAwareModel(model, extra_logs=["sharpness", "skipped_steps"])
+        model.compile("sgd", **kwargs, run_eagerly=True)
+        values.append(model.train_on_batch(x, y, class_weight=None))
+    assert np.ndim(values[1]) == np.ndim(values[0])
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-5)
 
 
 def test_metrics_are_listed_once(trained):
@@ -409,6 +436,53 @@ def test_compiling_again_after_freezing_a_layer():
     assert np.any(values(frozen.variables)[0] != before[0])
 
 
+def test_freezing_after_compiling_is_told(trained):
+    """What it then does is as in plain Keras, and differs from backend to backend."""
+    wrapper = trained.fresh()
+    layer = wrapper.get_layer("first")
+    layer.trainable = False
+    try:
+        if BACKEND == "jax":  # The weights would be lost in the step.
+            with pytest.raises(ValueError, match=r"`trainable` of a layer was set after"):
+                wrapper.train_on_batch(*models.classification(12))
+            return
+        with pytest.warns(UserWarning, match=r"`trainable` of a layer was set after.*`compile`"):
+            wrapper.train_on_batch(*models.classification(12))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*trainable")
+            wrapper.train_on_batch(*models.classification(12))
+    finally:
+        layer.trainable = True
+        trained.wrapper.compile(keras.optimizers.SGD(0.1), LOSS, metrics=["accuracy"])
+        trained.__init__()
+
+
+class Momentum(methods.SAM):
+    """Remembers something for each weight."""
+
+    def initial_state(self, variables):
+        return [np.zeros(v.shape, "float32") for v in variables]
+
+    def step(self, objective, w, g, state, rho):
+        new = [
+            0.9 * m + t for m, t in zip(state, self.direction(objective, w, g, rho), strict=True)
+        ]
+        return new, new
+
+
+def test_the_memory_of_a_method_follows_the_weights_that_are_trained():
+    wrapper = SharpnessAwareModel(models.mlp(), Momentum())
+    layer = wrapper.get_layer("first")
+    layer.trainable = False  # Before it is compiled,
+    for trainable in (False, True, False):  # and between two times.
+        layer.trainable = trainable
+        wrapper.compile("sgd", "mse", run_eagerly=True)
+        wrapper.train_on_batch(*models.regression())
+        assert [m.shape for m in wrapper.method_state] == [
+            v.shape for v in wrapper.trainable_variables
+        ]
+
+
 def test_compiling_again_replaces_loss_and_metrics():
     wrapper = classifier(model=models.mlp(outputs=1))
     wrapper.compile("sgd", "mae", metrics=["mse"])
@@ -433,6 +507,46 @@ def test_the_wrapped_model_trains_plainly_by_itself():
     assert_close(inner.variables, plain.variables)
 
 
+@pytest.mark.parametrize("how", ["fit", "train_on_batch"])
+def test_training_the_wrapped_model_by_itself_is_told_once(how):
+    inner = models.mlp()
+    wrapper = SharpnessAwareModel(inner, name="outer")
+    x, y = models.regression()
+    wrapper.compile("sgd", "mse", run_eagerly=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*without an adversary")
+        wrapper.train_on_batch(x, y)
+        inner.evaluate(x, y, verbose=0)
+        inner.predict(x, verbose=0)
+        wrapper.train_on_batch(x, y)
+    with pytest.warns(
+        UserWarning, match=r"without an adversary.*'outer'.*`wrapper\.fit\(\.\.\.\)`"
+    ):
+        getattr(inner, how)(x, y)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*without an adversary")
+        getattr(inner, how)(x, y)
+
+
+def test_training_the_wrapped_model_by_itself_is_meant_if_it_is_compiled_by_itself(tmp_path):
+    inner = models.mlp()
+    wrapper = SharpnessAwareModel(inner)
+    x, y = models.regression()
+    wrapper.compile("sgd", "mse", run_eagerly=True)
+    inner.save(tmp_path / "m.keras")
+    others = [keras.saving.load_model(tmp_path / "m.keras"), copy.deepcopy(inner)]
+    inner.compile("sgd", "mse", run_eagerly=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*without an adversary")
+        for model in (inner, *others):
+            model.fit(x, y, verbose=0)
+    for do in (wrapper.fit, wrapper.evaluate, wrapper.train_on_batch, wrapper.test_on_batch):
+        with pytest.raises(ValueError, match=r"compiled by itself.*`compile` of the wrapper"):
+            do(x, y)
+    wrapper.compile("sgd", "mse", run_eagerly=True)
+    wrapper.train_on_batch(x, y)
+
+
 def test_two_wrappers_may_take_turns_with_one_model():
     inner, copy = models.twins(models.mlp)
     copy.compile(keras.optimizers.SGD(0.1), "mse")
@@ -443,18 +557,6 @@ def test_two_wrappers_may_take_turns_with_one_model():
         wrapper.train_on_batch(*batch)
         models.step_by_hand(copy, *batch, method=method)
     assert_close(inner.variables, copy.variables)
-
-
-def test_summary_shows_the_layers(capsys):
-    wrapper = SharpnessAwareModel(models.mlp(), name="flat")
-    lines = []
-    wrapper.summary(print_fn=lines.append)
-    text = "\n".join(map(str, lines)) + capsys.readouterr().out
-    assert "flat" in text
-    assert "sequential" in text
-    lines = []
-    wrapper.summary(print_fn=lines.append, expand_nested=True)
-    assert "first" in "\n".join(map(str, lines)) + capsys.readouterr().out
 
 
 # Callbacks

@@ -42,6 +42,26 @@ def test_loss_tracker_is_the_metric_behind_the_loss_in_the_logs():
     assert _keras.loss_tracker(model).name == "loss"
 
 
+def test_losses_of_outputs_are_updated_with_the_loss():
+    x = keras.Input((3,))
+    model = keras.Model(x, {"a": layers.Dense(1)(x), "b": layers.Dense(1)(x)})
+    model.compile("sgd", "mse")
+    y = {"a": np.ones((4, 1), "float32"), "b": np.zeros((4, 1), "float32")}
+    _keras.build_symbolically(model, (np.ones((4, 3), "float32"), y, None))
+    metrics = _keras.losses_of_outputs(model)
+    assert [m.name for m in metrics] == ["a_loss", "b_loss"], "see losses_of_outputs"
+    zeros = {name: keras.ops.zeros((4, 1)) for name in y}
+    _keras.update_losses_of_outputs(model, y, zeros, None)
+    assert [float(m.result()) for m in metrics] == [1.0, 0.0], "see update_losses_of_outputs"
+
+
+def test_in_order_gives_the_logs_as_train_on_batch_does():
+    model = compiled_model()
+    logs = model.train_on_batch(np.ones((4, 3)), np.ones((4, 1)), return_dict=True)
+    assert _keras.in_order(model, logs) == [logs["loss"], logs["mae"]], "see in_order"
+    assert _keras.in_order(model, {"loss": 1.0}) == 1.0, "see in_order"
+
+
 def test_build_symbolically_builds_model_losses_metrics_and_optimizer():
     model = keras.Sequential([layers.Dense(2)])
     model.compile("adam", "mse", metrics=["mae"])
@@ -107,6 +127,45 @@ def test_is_validation_of_fit_tells_who_calls_evaluate():
     model.fit(x, y, validation_data=(x, y), verbose=0)
     model.evaluate(x, y, verbose=0)
     assert calls == [True, False], "see is_validation_of_fit"
+
+
+def test_training_scope_sees_what_a_layer_writes_into_a_weight():
+    weight, other = (keras.Variable(np.ones(2, "float32")) for _ in range(2))
+    value = keras.ops.convert_to_tensor(np.array([3.0, 4.0], "float32"))
+    scope = _keras.TrainingScope(
+        [(weight, value)], [(other, value)], lambda w, new: (new + 10 * w, new)
+    )
+    with scope:
+        other.assign(value + 1)
+        weight.assign(value + 1)
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(weight + 0), [34.0, 45.0])
+    assert list(scope.written) == [id(weight)], "see TrainingScope"
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(scope.written[id(weight)]), [4.0, 5.0])
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(scope.get_current_value(other)), [4.0, 5.0]
+    )
+
+
+def test_masks_can_be_taken_off_and_put_on():
+    x = layers.Masking()(np.array([[[1.0], [0.0]]], "float32"))
+    masks = _keras.masks_of({"a": x + 0, "b": x})
+    assert list(masks) == [1], "see masks_of"
+    copy = x + 0
+    assert not _keras.has_mask(copy)
+    _keras.set_masks([None, copy], masks)
+    assert _keras.has_mask(copy), "see set_masks"
+
+
+def test_draw_from_own_seeds_makes_dropout_move_its_seed():
+    """On PyTorch Keras asks an attribute of the generator whether it was given a seed."""
+    dropout = layers.Dropout(0.5)
+    model = keras.Sequential([keras.Input((3,)), dropout])
+    _keras.draw_from_own_seeds(model)
+    before = keras.ops.convert_to_numpy(dropout.seed_generator.state).copy()
+    model(np.ones((2, 3)), training=True)
+    after = keras.ops.convert_to_numpy(dropout.seed_generator.state)
+    assert after[1] == before[1] + 1, "see draw_from_own_seeds"
+    assert dropout.get_config()["seed"] is None
 
 
 def test_start_at_epoch_is_where_fit_starts():

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 #: Every method by its name. The property tests run over this table.
-METHODS = {
+METHODS: dict[str, type[Method]] = {
     "sam": SAM,
     "asam": ASAM,
     "gsam": GSAM,
@@ -56,7 +56,28 @@ def get(identifier):
     """
     if identifier is None:
         return Plain()
+    if _is_optimizer(identifier):
+        raise ValueError(
+            "A method gives its direction to an optimizer, and is none itself. Received: "
+            f"method={identifier!r}. Give the optimizer to `compile`: "
+            "`SharpnessAwareModel(model, 'sam').compile(optimizer, loss)`, say."
+        )
     return look_up(identifier, Method, METHODS, "method")
+
+
+def _is_optimizer(identifier):
+    if isinstance(identifier, str):
+        identifier = next(
+            (v for k, v in vars(keras.optimizers).items() if k.lower() == identifier.lower()), None
+        )
+    if isinstance(identifier, type):
+        return issubclass(identifier, keras.optimizers.Optimizer)
+    return isinstance(identifier, keras.optimizers.Optimizer)
+
+
+def hyperparameters():
+    """The names of the numbers of all methods of the package, a set."""
+    return {name for method in METHODS.values() for name in method.hyperparameters()}
 
 
 def serialize(method):

@@ -3,6 +3,7 @@
 import keras
 
 from keras_sharp import neighborhoods, schedules, vectors
+from keras_sharp.identifiers import did_you_mean, meant
 
 
 class Method:
@@ -45,7 +46,20 @@ class Method:
         ValueError: if an argument is not one of these.
     """
 
-    def __init__(self, *, neighborhood="euclidean", ascent_steps=1, second_order=False):
+    #: The attributes that make the training step what it is.
+    _FIXED = ("neighborhood", "ascent_steps", "second_order")
+
+    #: Whether a training step was made of this method.
+    in_training = False
+
+    def __init__(self, *, neighborhood="euclidean", ascent_steps=1, second_order=False, **unknown):
+        for name, value in unknown.items():
+            known = [*type(self).hyperparameters(), *self._FIXED]
+            raise TypeError(
+                f"The method {type(self).__name__} has no argument `{name}`."
+                f"{did_you_mean(name, known)} Expected arguments from {known}, or those of its "
+                f"constructor. Received: {name}={value!r}"
+            )
         if isinstance(ascent_steps, bool) or not isinstance(ascent_steps, int) or ascent_steps < 1:
             raise ValueError(
                 f"`ascent_steps` must be an integer >= 1. Received: ascent_steps={ascent_steps!r}"
@@ -57,6 +71,43 @@ class Method:
         self.neighborhood = neighborhoods.get(neighborhood)
         self.ascent_steps = ascent_steps
         self.second_order = second_order
+
+    def __setattr__(self, name, value):
+        """Set an attribute, unless that would do nothing.
+
+        Refused are: an attribute that the training step was made of, once it
+        is made; on a method of this package, any public name that is new; on
+        a method of your own, a new name that is one slip of the fingers away
+        from an argument of it, once the step is made.
+        """
+        if not name.startswith("_") and not hasattr(type(self), name):
+            self._check_attribute(name, value)
+        super().__setattr__(name, value)
+
+    def _check_attribute(self, name, value):
+        cls, received = type(self).__name__, f"Received: {name}={value!r}."
+        if name in self._FIXED:
+            if self.in_training:
+                raise AttributeError(
+                    f"`{name}` of the method {cls} is fixed once a training step was made of it. "
+                    f"{received} Set another method: `model.method = {cls}({name}={value!r})`."
+                )
+            return
+        known = [*type(self).hyperparameters(), *self._FIXED]
+        is_own = not type(self).__module__.startswith("keras_sharp.")
+        if name in vars(self) or (is_own and not (self.in_training and meant(name, known))):
+            return
+        raise AttributeError(
+            f"The method {cls} has no attribute `{name}`.{did_you_mean(name, known)} {received} "
+            f"Expected one of {known}."
+        )
+
+    @classmethod
+    def hyperparameters(cls):
+        """The names of the numbers that may change in training, a list."""
+        return [
+            name for name in dir(cls) if isinstance(getattr(cls, name), schedules.Hyperparameter)
+        ]
 
     def direction(self, objective, w, g, **hyperparameters):
         """The direction that the optimizer receives in place of the gradient.
