@@ -957,13 +957,13 @@ def _assign(variables, values):
 
 
 def _check_state(method, arrays):
-    """The memory that a method starts with, as arrays of its own."""
+    """The memory that a method starts with, as arrays."""
     if not isinstance(arrays, (list, tuple)) or not all(hasattr(a, "dtype") for a in arrays):
         raise ValueError(
             f"`initial_state` of the method {type(method).__name__} must return a list of NumPy "
             f"arrays, what the method remembers before the first step. Received: {arrays!r}"
         )
-    arrays = [np.array(a) for a in arrays]
+    arrays = [np.asarray(a) for a in arrays]
     if any(a.dtype.kind in "OSUM" for a in arrays):
         raise ValueError(
             f"`initial_state` of the method {type(method).__name__} must return arrays of "

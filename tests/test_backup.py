@@ -184,7 +184,7 @@ def restored(tmp_path, **kwargs):
             raise LookedAt(epoch, state(self.model))
 
     with pytest.raises(LookedAt) as found:
-        fit(model, AtomicBackupAndRestore(tmp_path, **kwargs), Look())
+        fit(model, AtomicBackupAndRestore(tmp_path, **kwargs), Look(), epochs=9)
     return found.value.args
 
 

@@ -394,13 +394,6 @@ def test_a_method_with_which_no_step_can_be_made_leaves_the_old_one(monkeypatch)
     assert (model.method, [id(v) for v in model.variables]) == before
 
 
-def test_a_memory_is_a_copy_of_the_first_one():
-    state = np.zeros(2, "float32")
-    model = wrap(Returns([state]))
-    model.method_state[0].assign(np.ones(2, "float32"))
-    np.testing.assert_array_equal(state, [0, 0])
-
-
 @AS_WRITTEN
 @pytest.mark.parametrize("method", [None, "bsam", Counting()], ids=["plain", "bsam", "memory"])
 def test_a_switched_model_is_saved_with_its_method(method, tmp_path):
