@@ -6,7 +6,7 @@ import warnings
 import keras
 from keras import ops
 
-from keras_sharp import engine, methods, vectors
+from keras_sharp import engine, methods, rounding, vectors
 from keras_sharp.identifiers import did_you_mean
 from keras_sharp.objective import Objective, State, TrainingLoss, compute_loss
 from keras_sharp.preprocessing import (
@@ -316,6 +316,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
                 "lower the learning rate or rho, or clip the gradients.",
                 stacklevel=2,
             )
+        rounding.warn_of_logs(history.history)
         return history
 
     def evaluate(

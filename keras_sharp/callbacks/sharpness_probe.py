@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from keras_sharp import neighborhoods, sharpness
+from keras_sharp import sharpness
 from keras_sharp.callbacks.probe import Probe
 from keras_sharp.identifiers import did_you_mean
 from keras_sharp.surface import LossSurface
@@ -87,7 +87,7 @@ class SharpnessProbe(Probe):
         verbose=0,
     ):
         super().__init__((x, y, sample_weight), every, verbose)
-        rho, region = sharpness.as_radius(rho), neighborhoods.get(neighborhood)
+        rho, region = sharpness.as_radius(rho), sharpness.as_region(neighborhood)
         if not isinstance(measures, dict):
             names = [measures] if isinstance(measures, str) else measures
             measures = {
