@@ -226,11 +226,12 @@ class _Adversary:
             columns = surface.scalars(lambda batch: step(*now, batch, rho)).T
             return columns, [surface.total(column) for column in columns]
 
-        (loss, loss_adv, *_), (_, _, predicted, cosine) = means(self._step)
-        rise = rounding.Change(
-            surface.total(loss_adv - loss), math.hypot(*map(surface.rounding_of, (loss, loss_adv)))
+        (losses, losses_adv, *_), (loss, _, predicted, cosine) = means(self._step)
+        noise, noise_adv = map(surface.rounding_of, (losses, losses_adv))
+        rise = rounding.Change(surface.total(losses_adv - losses), math.hypot(noise, noise_adv))
+        rise = rounding.settle(
+            rise, lambda: rounding.simpson(means(self._slopes)[1], loss, noise)
         )
-        rise = rounding.settle(rise, lambda: rounding.simpson(*means(self._slopes)[1]))
         self.is_rounding |= rise.is_rounding
         return rise.value, predicted, cosine
 

@@ -88,14 +88,26 @@ def of_losses(losses, sizes, final, inner, summed=False):
     return np.hypot(final * losses, 2.0 * max(final, inner) * examples)
 
 
-def simpson(start, middle, end):
+def simpson(slopes, loss, noise):
     """The integral over the slopes at 0, 1/2 and 1 as a `Change`.
 
-    Its error is the difference from the trapezoid rule, which three slopes
-    that are nothing but noise differ by as much as their integral is off.
+    Its error is the difference from the trapezoid rule, which slopes that are
+    nothing but noise make as large as the integral is off. Unless all three
+    are rounded alike: residuals of 1e8 do not see that predictions move by
+    1. So it is not less than what rounding residuals adds to a slope of a
+    squared error, `sqrt(2 * slope / loss)` of what it adds to the loss.
+
+    Args:
+        slopes: array of the shape `(3,)`; or `(k, 3)`, of which the mean is
+            taken.
+        loss: Float, the loss at 0.
+        noise: Float, the rounding of that loss.
     """
-    value = (start + 4 * middle + end) / 6
-    return Change(value, abs(start - 2 * middle + end) / 3)
+    start, middle, end = np.mean(np.atleast_2d(slopes), axis=0)
+    steepest = float(np.max(np.abs(slopes)))
+    rounded = noise * math.sqrt(2 * steepest / abs(loss)) if loss else 0.0
+    value = float(start + 4 * middle + end) / 6
+    return Change(value, max(float(abs(start - 2 * middle + end)) / 3, rounded))
 
 
 def settle(by_losses, by_slopes):

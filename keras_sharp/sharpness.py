@@ -358,7 +358,7 @@ def average_sharpness(
     _check_count("samples", samples, 2)
     start = _start(surface, gradient=False)
     pairs = _RandomPairs(surface, rho, as_region(neighborhood), samples, seed)
-    change = rounding.settle(pairs.by_losses(start), pairs.by_slopes)
+    change = rounding.settle(pairs.by_losses(start), lambda: pairs.by_slopes(start))
     value = rounding.warn("average_sharpness", change, start.loss)
     return Average(value, math.hypot(change.spread, change.error))
 
@@ -535,9 +535,11 @@ def _start(surface, gradient=True):
     return _Start(loss, surface.rounding, g)
 
 
-def _slope(surface, w, e):
-    """How fast the loss rises along `e` at the weights `w`."""
-    return float(ops.convert_to_numpy(vectors.dot(surface.loss_and_gradient(w).gradient, e)))
+def _slopes(surface, w, e):
+    """How fast the loss rises along `e`, half the way and at its end."""
+    ways = (vectors.add_scaled(w, t, e) for t in (0.5, 1.0))
+    gradients = (surface.loss_and_gradient(way).gradient for way in ways)
+    return [float(ops.convert_to_numpy(vectors.dot(gradient, e))) for gradient in gradients]
 
 
 class _Adversary:
@@ -561,9 +563,8 @@ class _Adversary:
         """The same, as the integral of the slope: two more gradients for each point."""
         w, g, changes = surface.weights, start.gradient, []
         for e, _, _ in self._points(surface, g):
-            begin = float(ops.convert_to_numpy(vectors.dot(g, e)))
-            middle, end = (_slope(surface, vectors.add_scaled(w, t, e), e) for t in (0.5, 1.0))
-            changes.append(rounding.simpson(begin, middle, end))
+            slopes = [float(ops.convert_to_numpy(vectors.dot(g, e))), *_slopes(surface, w, e)]
+            changes.append(rounding.simpson(slopes, start.loss, start.rounding))
         return self._farthest(changes)
 
     def _farthest(self, changes):
@@ -623,14 +624,13 @@ class _RandomPairs:
         error = math.hypot(start.rounding, max(noise) / math.sqrt(2 * self.samples))
         return Change(float(np.mean(rises)), error, _standard_error(rises))
 
-    def by_slopes(self):
+    def by_slopes(self, start):
         """As the mean of integrals of the slope: four gradients each."""
-        w = self.surface.weights
-
-        def slope(t, pair):  # That at the weights themselves is 0: it cancels.
-            return np.mean([_slope(self.surface, vectors.add_scaled(w, t, e), e) for e in pair])
-
-        rises = [rounding.simpson(0.0, slope(0.5, p), slope(1.0, p)) for p in self._pairs()]
+        w, rises = self.surface.weights, []
+        for pair in self._pairs():
+            # Those at the weights themselves cancel.
+            slopes = [[0.0, *_slopes(self.surface, w, e)] for e in pair]
+            rises.append(rounding.simpson(slopes, start.loss, start.rounding))
         values, errors = np.array([(rise.value, rise.error) for rise in rises]).T
         error = float(np.linalg.norm(errors)) / self.samples
         return Change(float(np.mean(values)), error, _standard_error(values))
