@@ -306,7 +306,7 @@ _FILTER_AXES = {
 
 def _filter_axes(model):
     """The axes that number the filters, by the id of each weight where it is not the last one."""
-    axes = {}
+    axes: dict = {}
     for layer in engine.all_layers(model):
         if table := _filters_of(layer):
             inner = {id(v) for part in engine.all_layers(layer) for v in part.variables}

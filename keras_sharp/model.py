@@ -99,9 +99,10 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             masks of their own. Defaults to `False`: the same masks in all
             passes, so that the passes differ by the perturbation alone.
         extra_logs: which of `"perturbed_loss"`, `"sharpness"` (perturbed minus
-            clean loss), `"grad_norm"`, `"grad_cosine"` (of the gradients at
-            the weights and at the adversary) and `"skipped_steps"` to add to
-            the logs of training. Defaults to `()`: only `"rho"`.
+            clean loss; `fit` warns where float32 cannot tell them apart),
+            `"grad_norm"`, `"grad_cosine"` (of the gradients at the weights
+            and at the adversary) and `"skipped_steps"` to add to the logs of
+            training. Defaults to `()`: only `"rho"`.
 
     Raises:
         ValueError: if an argument is not one of these, if the model is

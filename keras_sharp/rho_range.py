@@ -121,7 +121,7 @@ def rho_range_test(
             it; if an argument is not one of these. Where the model learns with
             none of the radii, a warning says so, and the recommendation is 0.
             Where it learns with all of them, another says that the range ends
-            too early.
+            too early; a third, that `gain` and `sharpness` are rounding.
 
     Example:
 
@@ -229,9 +229,7 @@ class _Adversary:
         (losses, losses_adv, *_), (loss, _, predicted, cosine) = means(self._step)
         noise, noise_adv = map(surface.rounding_of, (losses, losses_adv))
         rise = rounding.Change(surface.total(losses_adv - losses), math.hypot(noise, noise_adv))
-        rise = rounding.settle(
-            rise, lambda: rounding.simpson(means(self._slopes)[1], loss, noise)
-        )
+        rise = rounding.settle(rise, lambda: rounding.simpson(means(self._slopes)[1], loss, noise))
         self.is_rounding |= rise.is_rounding
         return rise.value, predicted, cosine
 

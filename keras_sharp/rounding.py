@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_sharp import engine
 

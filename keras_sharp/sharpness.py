@@ -12,8 +12,24 @@
 | `gradient_angle` | how much the gradient turns on SAM's step |
 
 All of them take the loss that `evaluate` reports, in inference mode, and leave
-the model as it is. Each takes any of `keras_sharp.neighborhoods`: with
-`"adaptive"` it does not change when the layers of a network are rescaled.
+the model as it is.
+
+Each but `gap_curvature` takes any of `keras_sharp.neighborhoods`. With
+`"adaptive"` a measure does not change when weights are rescaled by positive
+numbers such that the network computes the same: the weights and the bias of a
+ReLU unit, or scale and offset of a BatchNormalization before it, times c, and
+what the unit goes into divided by c. By that name it is
+`AdaptiveBall(eta=0.0, scale_biases=True)`; a weight of exactly 0, such as a
+bias that was not trained, does not move. Training takes `AdaptiveBall()` by
+that name, ASAM's, which has a size of its own: pass that one to measure what
+ASAM sees. `gradient_angle` is an angle between gradients as they are, and does
+change.
+
+A change that is small beside the loss, as in a regression whose targets are
+not scaled, drowns in the rounding of float32. Where it does, it is computed
+from the slope on the way, not from the difference of two losses; that takes
+two more gradients for each loss (`keras_sharp/rounding.py`). A warning says so
+where rounding is left all the same.
 """
 
 import copy
@@ -34,7 +50,8 @@ class Average(NamedTuple):
 
     Attributes:
         value: Float, the mean.
-        standard_error: Float, the standard deviation of the mean.
+        standard_error: Float, the standard deviation of the mean, with what
+            rounding adds to it.
     """
 
     value: float
@@ -76,8 +93,9 @@ def max_sharpness(
         y: the targets, likewise.
         sample_weight: the weights of the examples, likewise.
         rho: Float >= 0, the radius of the neighborhood. Defaults to `0.05`.
-        neighborhood: a `keras_sharp.neighborhoods.Neighborhood` or its name.
-            Defaults to `"euclidean"`.
+        neighborhood: a `keras_sharp.neighborhoods.Neighborhood` or its name,
+            where `"adaptive"` is the region that goes along with rescaled
+            weights: see above. Defaults to `"euclidean"`.
         steps: Integer >= 1, the steps of an ascent. Each costs a gradient
             over all the data, the last one a loss. Defaults to `1`.
         restarts: Integer >= 0, further ascents of as many steps, which start
@@ -435,9 +453,7 @@ def m_sharpness(
         values, errors = surface.scalars(of_group).T
         return Change(surface.total(values), surface.error_of_total(errors))
 
-    change = rounding.settle(
-        together(_Adversary.by_losses), lambda: together(_Adversary.by_slopes)
-    )
+    change = rounding.settle(together(_Adversary.by_losses), lambda: together(_Adversary.by_slopes))
     return rounding.warn("m_sharpness", change, float(np.mean(start)))
 
 

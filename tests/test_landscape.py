@@ -232,7 +232,11 @@ LINEAR = {
         lambda: L.Embedding(5, 3), (4,), (0,), "embeddings", lambda y, c: y * c[TOKENS % 5]
     ),
     "ReversibleEmbedding": Filters(
-        lambda: L.ReversibleEmbedding(5, 3), (4,), (0,), "embeddings", lambda y, c: y * c[TOKENS % 5]
+        lambda: L.ReversibleEmbedding(5, 3),
+        (4,),
+        (0,),
+        "embeddings",
+        lambda y, c: y * c[TOKENS % 5],
     ),
 }
 TOKENS = np.arange(8).reshape(2, 4)
@@ -248,20 +252,23 @@ COMPOSED += ["SpectralNormalization", "Pipeline"]
 
 #: Layers without a trainable weight of two axes, but for what counts as a scale.
 WITHOUT = """
-Activation ActivityRegularization AdaptiveAveragePooling AdaptiveMaxPooling Add AdditiveAttention
-AlphaDropout Attention AugMix AutoContrast Average AveragePooling AvgPool BatchNormalization
-CategoryEncoding CenterCrop Concatenate ContrastLimitedAdaptiveHistogramEqualization Cropping CutMix Discretization Dot Dropout ELU Equalization
-Flatten FlaxLayer GaussianDropout GaussianNoise GlobalAveragePooling GlobalAvgPool GlobalMaxPool
-GlobalMaxPooling GroupNormalization HashedCrossing Hashing Identity InputLayer IntegerLookup
-JaxLayer Lambda Layer LayerNormalization LeakyReLU Masking MaxNumBoundingBoxes MaxPool MaxPooling
-Maximum MelSpectrogram Minimum MixUp Multiply Normalization PReLU Permute RMSNormalization RandAugment
-RandomBrightness RandomColorDegeneration RandomColorJitter RandomContrast RandomCrop
-RandomElasticTransform RandomErasing RandomFlip RandomGaussianBlur RandomGrayscale RandomHeight
-RandomHue RandomInvert RandomPerspective RandomPosterization RandomRotation RandomSaturation
-RandomSharpness RandomShear RandomTranslation RandomWidth RandomZoom ReLU RepeatVector Rescaling
-Reshape Resizing STFTSpectrogram Softmax Solarization SpatialDropout StringLookup Subtract TFSMLayer
-TextVectorization TorchModuleWrapper UnitNormalization UpSampling ZeroPadding
-""".split()
+Activation ActivityRegularization AdaptiveAveragePooling AdaptiveMaxPooling Add
+AdditiveAttention AlphaDropout Attention AugMix AutoContrast Average AveragePooling AvgPool
+BatchNormalization CategoryEncoding CenterCrop Concatenate
+ContrastLimitedAdaptiveHistogramEqualization Cropping CutMix Discretization Dot Dropout ELU
+Equalization Flatten FlaxLayer GaussianDropout GaussianNoise GlobalAveragePooling
+GlobalAvgPool GlobalMaxPool GlobalMaxPooling GroupNormalization HashedCrossing Hashing
+Identity InputLayer IntegerLookup JaxLayer Lambda Layer LayerNormalization LeakyReLU Masking
+MaxNumBoundingBoxes MaxPool MaxPooling Maximum MelSpectrogram Minimum MixUp Multiply
+Normalization PReLU Permute RMSNormalization RandAugment RandomBrightness
+RandomColorDegeneration RandomColorJitter RandomContrast RandomCrop RandomElasticTransform
+RandomErasing RandomFlip RandomGaussianBlur RandomGrayscale RandomHeight RandomHue
+RandomInvert RandomPerspective RandomPosterization RandomRotation RandomSaturation
+RandomSharpness RandomShear RandomTranslation RandomWidth RandomZoom ReLU RepeatVector
+Rescaling Reshape Resizing STFTSpectrogram Softmax Solarization SpatialDropout StringLookup
+Subtract TFSMLayer TextVectorization TorchModuleWrapper UnitNormalization UpSampling
+ZeroPadding
+""".split()  # noqa: SIM905
 
 
 def test_every_layer_of_keras_is_classified():

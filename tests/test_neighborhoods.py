@@ -307,7 +307,9 @@ def test_scales_refuse_what_is_no_finite_number(value):
 
 @pytest.mark.parametrize("value", [0, 1.0, "yes", None])
 def test_whether_biases_are_scaled_is_a_boolean(value):
-    with pytest.raises(ValueError, match=r"`scale_biases` must be True or False\. Received: scale_"):
+    with pytest.raises(
+        ValueError, match=r"`scale_biases` must be True or False\. Received: scale_"
+    ):
         AdaptiveBall(scale_biases=value)
 
 

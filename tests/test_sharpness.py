@@ -340,7 +340,7 @@ def test_where_the_gradient_is_not_that_of_the_loss_the_losses_count():
         wrong = 30.0 * y_pred
         return 1e4 + y_pred**2 + wrong - keras.ops.stop_gradient(wrong)
 
-    model, x, y, oracle = setting()
+    model, x, y, _ = setting()
     model.compile("sgd", loss)
     with pytest.warns(UserWarning, match="`max_sharpness` may be rounding"):
         found = sharpness.max_sharpness(model, x, y, rho=1e-3)

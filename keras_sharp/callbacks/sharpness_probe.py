@@ -43,7 +43,8 @@ class SharpnessProbe(Probe):
         rho: Float >= 0, the radius for all measures given by name. Defaults
             to `0.05`.
         neighborhood: a `keras_sharp.neighborhoods.Neighborhood` or its name,
-            likewise. Defaults to `"euclidean"`.
+            likewise; `"adaptive"` is what it is in `keras_sharp.sharpness`.
+            Defaults to `"euclidean"`.
         every: Integer >= 1, how many epochs lie between two looks. The first
             epoch and the last one are always among them. Defaults to `1`.
         batch_size: Integer, how many examples of an array are in memory at
