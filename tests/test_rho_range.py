@@ -85,7 +85,7 @@ def test_where_a_gain_is_nothing_but_rounding_a_warning_says_so():
     """Here the gradient is made up, so that the slope does not help."""
 
     def loss(y, y_pred):
-        wrong = 30.0 * y_pred
+        wrong = 300.0 * y_pred
         return 1e4 + y_pred**2 + wrong - keras.ops.stop_gradient(wrong)
 
     model = compiled(models.linear(features=3), optimizer=keras.optimizers.SGD(0.0))
