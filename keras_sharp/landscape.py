@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
-from keras import ops
+from keras import layers, ops
 
 from keras_sharp import engine, vectors
 from keras_sharp.surface import as_surface
@@ -245,7 +245,17 @@ def random_direction(model, seed=0):
     ```
 
     With it, slices of networks whose weights have different sizes can be
-    compared: rescaling a layer does not change them.
+    compared. They do not change where a whole layer is multiplied by a number
+    and the next one divided by it, nor where each filter is multiplied by a
+    number of its own that a normalization behind it takes out.
+
+    What a filter is depends on the layer: all weights of one output, which
+    are those of one entry of the last axis in most layers. It is another axis
+    in transposed convolutions; a pair of them, channel and multiplier, in
+    depthwise ones; in `EinsumDense`, and so in the attention layers, those
+    that the equation has in the output; in `Embedding` the first, one filter
+    per token. In recurrent kernels each unit of each gate is a filter. Layers
+    that are not from `keras.layers` are taken to have it last.
 
     Args:
         model: a built `keras.Model`, wrapped or not.
@@ -257,24 +267,65 @@ def random_direction(model, seed=0):
     Reference:
         - [Li et al., 2018](https://arxiv.org/abs/1712.09913), section 4.
     """
-    return _random_direction(model.trainable_variables, np.random.default_rng(seed))
+    return _random_direction(model, model.trainable_variables, np.random.default_rng(seed))
 
 
-def _random_direction(variables, random):
-    direction = []
+def _random_direction(model, variables, random):
+    axes, direction = _filter_axes(model), []
     for v in variables:
         w = ops.convert_to_numpy(ops.cast(engine.read(v), "float32"))
         d = random.normal(size=w.shape)
-        if w.ndim < 2 or is_bias(v) or is_norm(v):
+        own = axes.get(id(v), (-1,))
+        if w.ndim < 2 or own is None or is_bias(v) or is_norm(v):
             d[...] = 0.0
         else:
-            d *= _filter_lengths(w) / _filter_lengths(d)
+            d *= _filter_lengths(w, own) / _filter_lengths(d, own)
         direction.append(d.astype("float32"))
     return direction
 
 
-def _filter_lengths(kernel):
-    return np.linalg.norm(kernel.reshape(-1, kernel.shape[-1]), axis=0)
+def _filter_lengths(kernel, axes):
+    within = set(range(kernel.ndim)) - {axis % kernel.ndim for axis in axes}
+    return np.sqrt(np.sum(np.square(kernel, dtype="float64"), axis=tuple(within), keepdims=True))
+
+
+#: The axes that number the filters of a weight, by layer and the name of the weight, where they
+#: are not the last one; `None` for a weight that is no kernel.
+_FILTER_AXES = {
+    layers.DepthwiseConv1D: {"kernel": (-2, -1)},
+    layers.DepthwiseConv2D: {"kernel": (-2, -1)},
+    layers.SeparableConv1D: {"depthwise_kernel": (-2, -1)},
+    layers.SeparableConv2D: {"depthwise_kernel": (-2, -1)},
+    layers.Conv1DTranspose: {"kernel": (-2,)},
+    layers.Conv2DTranspose: {"kernel": (-2,)},
+    layers.Conv3DTranspose: {"kernel": (-2,)},
+    layers.Embedding: {"embeddings": (0,), "lora_embeddings_a": (0,)},
+    layers.PReLU: {"alpha": None},
+}
+
+
+def _filter_axes(model):
+    """The axes that number the filters, by the id of each weight where it is not the last one."""
+    axes: dict = {}
+    for layer in engine.all_layers(model):
+        if table := _filters_of(layer):
+            inner = {id(v) for part in engine.all_layers(layer) for v in part.variables}
+            own = [v for v in layer.variables if id(v) not in inner and v.name in table]
+            axes.update((id(v), table[v.name]) for v in own)
+    return axes
+
+
+def _filters_of(layer):
+    """The entry of `_FILTER_AXES` for a layer, or nothing."""
+    if isinstance(layer, layers.EinsumDense):
+        return {"kernel": _einsum_axes(layer.equation)}
+    return next((t for known, t in _FILTER_AXES.items() if isinstance(layer, known)), {})
+
+
+def _einsum_axes(equation):
+    """The axes of the kernel that reach the output: the others are summed over."""
+    kernel, output = equation.split(",")[1].split("->")
+    return tuple(axis for axis, letter in enumerate(kernel) if letter in output)
 
 
 def _directions(surface, given, count, seed):
@@ -285,7 +336,7 @@ def _directions(surface, given, count, seed):
                 f"A direction must be 'random', a list of arrays or one vector. Received: {given!r}"
             )
         random = np.random.default_rng(seed)
-        given = [_random_direction(surface.variables, random) for _ in range(count)]
+        given = [_random_direction(surface.model, surface.variables, random) for _ in range(count)]
     elif count == 1:
         given = [given]
     elif getattr(given, "ndim", 0) == 2:  # The columns of a matrix.

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sharp import engine, methods, saving, vectors
+from keras_sharp import engine, methods, rounding, saving, vectors
 from keras_sharp.delegation import Delegation, warn_of_plain_training
 from keras_sharp.identifiers import did_you_mean, meant
 from keras_sharp.objective import Objective, State, TrainingLoss, compute_loss
@@ -112,9 +112,10 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
             masks of their own. Defaults to `False`: the same masks in all
             passes, so that the passes differ by the perturbation alone.
         extra_logs: which of `"perturbed_loss"`, `"sharpness"` (perturbed minus
-            clean loss), `"grad_norm"`, `"grad_cosine"` (of the gradients at
-            the weights and at the adversary) and `"skipped_steps"` to add to
-            the logs of training. Defaults to `()`: only `"rho"`.
+            clean loss; `fit` warns where float32 cannot tell them apart),
+            `"grad_norm"`, `"grad_cosine"` (of the gradients at the weights
+            and at the adversary) and `"skipped_steps"` to add to the logs of
+            training. Defaults to `()`: only `"rho"`.
 
     Raises:
         ValueError: if an argument is not one of these, if the model is
@@ -449,6 +450,7 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
                 "that gives a negative number or NaN for rho makes a step be skipped, too.",
                 stacklevel=2,
             )
+        rounding.warn_of_logs(history.history)
         return history
 
     def evaluate(

@@ -156,17 +156,24 @@ class AdaptiveBall(Neighborhood):
     e = T * Ball(p).perturbation(T * g)       # p = 2: rho * T²g / ‖Tg‖
     ```
 
-    The size of a perturbation is `‖e / T‖`. Rescaling the weights of a layer
-    and, inversely, those of the next leaves the region as it is.
+    The size of a perturbation is `‖e / T‖`. With `eta=0` and
+    `scale_biases=True` the region goes along with any rescaling of the
+    weights: let `D` be diagonal and positive, and `L(D w)` be the old loss
+    (the weights and the bias of a ReLU unit times c and its outgoing weights
+    divided by c, say), then `e` becomes `D e`. A weight of exactly 0 does not
+    move. The defaults are those of training: with them it is so for large
+    weights only, and for networks without biases.
 
     Args:
         eta: Float >= 0, keeps the scale of small weights from vanishing.
             Defaults to `0.01`, the paper's value.
         p: Float in (1, inf], the order of the norm. Defaults to `2.0`.
+        scale_biases: Boolean, whether biases have the scale of other weights,
+            in place of 1. Defaults to `False`.
 
     Raises:
-        ValueError: if `eta` is negative or not a finite number, or if `p` is
-            not greater than 1.
+        ValueError: if `eta` is negative or not a finite number, if `p` is
+            not greater than 1, or if `scale_biases` is no Boolean.
 
     Example:
 
@@ -178,14 +185,20 @@ class AdaptiveBall(Neighborhood):
           authors' code, scales of normalization layers are scaled and biases are not.
     """
 
-    def __init__(self, eta=0.01, p=2.0):
+    def __init__(self, eta=0.01, p=2.0, scale_biases=False):
+        if not isinstance(scale_biases, bool):
+            raise ValueError(
+                f"`scale_biases` must be True or False. Received: scale_biases={scale_biases!r}"
+            )
         self.eta = _non_negative("eta", eta)
         self.ball = Ball(p)
         self.p = self.ball.p
+        self.scale_biases = scale_biases
 
     def scales(self, w, biases=None):
         """The operator `T`, one tensor per weight; `None` for a bias stands for 1."""
-        biases = biases or [False] * len(w)
+        if biases is None or self.scale_biases:
+            biases = [False] * len(w)
         return [None if bias else _size(t, self.eta) for t, bias in zip(w, biases, strict=True)]
 
     def climb(self, g, w, rho, biases=None):
@@ -201,7 +214,7 @@ class AdaptiveBall(Neighborhood):
         return _times(scales, self.ball.project(_divided(e, scales), w, rho))
 
     def get_config(self):
-        return {"eta": self.eta, "p": self.p}
+        return {"eta": self.eta, "p": self.p, "scale_biases": self.scale_biases}
 
 
 @keras.saving.register_keras_serializable(package="keras_sharp")

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sharp import engine, sharpness, vectors
+from keras_sharp import engine, rounding, sharpness, vectors
 from keras_sharp.model import SharpnessAwareModel
 from keras_sharp.surface import LossSurface
 from keras_sharp.weights import get_choice, is_bias, is_overwritten
@@ -121,7 +121,7 @@ def rho_range_test(
             it; if an argument is not one of these. Where the model learns with
             none of the radii, a warning says so, and the recommendation is 0.
             Where it learns with all of them, another says that the range ends
-            too early.
+            too early; a third, that `gain` and `sharpness` are rounding.
 
     Example:
 
@@ -165,6 +165,13 @@ def rho_range_test(
             rows.append([rho, val_loss, loss, same_gain, gain, predicted, cosine])
             bar.add(1, values=None)
     columns = np.array(rows, "float64").T
+    if adversary.is_rounding:
+        warnings.warn(
+            "`sharpness` and `gain` may be rounding: some steps raise the loss, "
+            f"{columns[2, -1]:.3g} in the end, by less than float32 can tell. The recommendation "
+            f"does not depend on them. {rounding.ADVICE}",
+            stacklevel=2,
+        )
     recommended = _recommend(columns[0], columns[1], initial, tolerance)
     return RhoRange._make([*columns, initial, recommended])
 
@@ -206,22 +213,46 @@ class _Adversary:
         self.surface = LossSurface(model, *data, batch_size=size, variables=variables)
         self._region, self._biases = model.method.neighborhood, [is_bias(v) for v in variables]
         self._step = self.surface.compiled(self._one_step)
+        self._slopes = self.surface.compiled(self._three_slopes)
+        #: Whether a rise so far may be nothing but rounding.
+        self.is_rounding = False
 
     def climb(self, rho):
         """The rise of the loss, the rise if it were linear, and the cosine: means over batches."""
-        w, state = self.surface.weights, self.surface.state
+        surface, now = self.surface, (self.surface.weights, self.surface.state)
         rho = ops.convert_to_tensor(rho, "float32")
-        means = self.surface.over_batches(lambda batch: self._step(w, state, batch, rho))
-        return [float(ops.convert_to_numpy(t)) for t in means]
+
+        def means(step):
+            columns = surface.scalars(lambda batch: step(*now, batch, rho)).T
+            return columns, [surface.total(column) for column in columns]
+
+        (losses, losses_adv, *_), (loss, _, predicted, cosine) = means(self._step)
+        noise, noise_adv = map(surface.rounding_of, (losses, losses_adv))
+        rise = rounding.Change(surface.total(losses_adv - losses), math.hypot(noise, noise_adv))
+        rise = rounding.settle(rise, lambda: rounding.simpson(means(self._slopes)[1], loss, noise))
+        self.is_rounding |= rise.is_rounding
+        return rise.value, predicted, cosine
 
     def _one_step(self, w, state, batch, rho):
-        def evaluate(w):
-            return engine.value_and_gradient(lambda v: self.surface.batch_loss(v, state, batch), w)
+        (loss, g), e = self._perturb(w, state, batch, rho)
+        loss_adv, g_adv = self._evaluate(vectors.add(w, e), state, batch)
+        return [loss, loss_adv, vectors.dot(g, e), vectors.cosine(g, g_adv)]
 
-        (loss, _), g = evaluate(w)
-        e = self._region.perturbation(g, w, rho, self._biases)
-        (loss_adv, _), g_adv = evaluate(vectors.add(w, e))
-        return [loss_adv - loss, vectors.dot(g, e), vectors.cosine(g, g_adv)]
+    def _three_slopes(self, w, state, batch, rho):
+        (_, g), e = self._perturb(w, state, batch, rho)
+        on_the_way = [vectors.add_scaled(w, t, e) for t in (0.5, 1.0)]
+        gradients = [g, *(self._evaluate(v, state, batch)[1] for v in on_the_way)]
+        return [vectors.dot(g, e) for g in gradients]
+
+    def _perturb(self, w, state, batch, rho):
+        loss, g = self._evaluate(w, state, batch)
+        return (loss, g), self._region.perturbation(g, w, rho, self._biases)
+
+    def _evaluate(self, w, state, batch):
+        (loss, _), g = engine.value_and_gradient(
+            lambda v: self.surface.batch_loss(v, state, batch), w
+        )
+        return loss, g
 
 
 def _check(model, rhos, epochs, tolerance, verbose):

@@ -12,8 +12,24 @@
 | `gradient_angle` | how much the gradient turns on SAM's step |
 
 All of them take the loss that `evaluate` reports, in inference mode, and leave
-the model as it is. Each takes any of `keras_sharp.neighborhoods`: with
-`"adaptive"` it does not change when the layers of a network are rescaled.
+the model as it is.
+
+Each but `gap_curvature` takes any of `keras_sharp.neighborhoods`. With
+`"adaptive"` a measure does not change when weights are rescaled by positive
+numbers such that the network computes the same: the weights and the bias of a
+ReLU unit, or scale and offset of a BatchNormalization before it, times c, and
+what the unit goes into divided by c. By that name it is
+`AdaptiveBall(eta=0.0, scale_biases=True)`; a weight of exactly 0, such as a
+bias that was not trained, does not move. Training takes `AdaptiveBall()` by
+that name, ASAM's, which has a size of its own: pass that one to measure what
+ASAM sees. `gradient_angle` is an angle between gradients as they are, and does
+change.
+
+A change that is small beside the loss, as in a regression whose targets are
+not scaled, drowns in the rounding of float32. Where it does, it is computed
+from the slope on the way, not from the difference of two losses; that takes
+two more gradients for each loss (`keras_sharp/rounding.py`). A warning says so
+where rounding is left all the same.
 """
 
 import copy
@@ -23,7 +39,8 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_sharp import neighborhoods, vectors
+from keras_sharp import neighborhoods, rounding, vectors
+from keras_sharp.rounding import Change
 from keras_sharp.surface import as_surface
 from keras_sharp.weights import is_bias
 
@@ -33,7 +50,8 @@ class Average(NamedTuple):
 
     Attributes:
         value: Float, the mean.
-        standard_error: Float, the standard deviation of the mean.
+        standard_error: Float, the standard deviation of the mean, with what
+            rounding adds to it.
     """
 
     value: float
@@ -75,8 +93,9 @@ def max_sharpness(
         y: the targets, likewise.
         sample_weight: the weights of the examples, likewise.
         rho: Float >= 0, the radius of the neighborhood. Defaults to `0.05`.
-        neighborhood: a `keras_sharp.neighborhoods.Neighborhood` or its name.
-            Defaults to `"euclidean"`.
+        neighborhood: a `keras_sharp.neighborhoods.Neighborhood` or its name,
+            where `"adaptive"` is the region that goes along with rescaled
+            weights: see above. Defaults to `"euclidean"`.
         steps: Integer >= 1, the steps of an ascent. Each costs a gradient
             over all the data, the last one a loss. Defaults to `1`.
         restarts: Integer >= 0, further ascents of as many steps, which start
@@ -111,7 +130,8 @@ def max_sharpness(
           measures tell of generalization.
     """
     surface = as_surface(model, x, y, sample_weight, batch_size)
-    return _change(surface, as_radius(rho), neighborhood, steps, restarts, seed)
+    adversary = _Adversary(as_radius(rho), neighborhood, steps, restarts, seed)
+    return _measured("max_sharpness", surface, [adversary])
 
 
 def min_sharpness(
@@ -156,7 +176,8 @@ def min_sharpness(
         - [Deng et al., 2024](https://arxiv.org/abs/2409.13173)
     """
     surface = as_surface(model, x, y, sample_weight, batch_size)
-    return -_change(surface, -as_radius(rho), neighborhood, steps, restarts, seed)
+    adversary = _Adversary(-as_radius(rho), neighborhood, steps, restarts, seed)
+    return -_measured("min_sharpness", surface, [adversary])
 
 
 def bilateral_sharpness(
@@ -201,12 +222,9 @@ def bilateral_sharpness(
     Reference:
         - [Deng et al., 2024](https://arxiv.org/abs/2409.13173)
     """
-    surface = as_surface(model, x, y, sample_weight, batch_size)
-    rho, start = as_radius(rho), _start(surface)
-    up, down = (
-        _change(surface, r, neighborhood, steps, restarts, seed, start) for r in (rho, -rho)
-    )
-    return up - down
+    surface, rho = as_surface(model, x, y, sample_weight, batch_size), as_radius(rho)
+    both = [_Adversary(r, neighborhood, steps, restarts, seed) for r in (rho, -rho)]
+    return _measured("bilateral_sharpness", surface, both)
 
 
 def surrogate_gap(
@@ -246,7 +264,7 @@ def surrogate_gap(
         - [Zhuang et al., 2022](https://arxiv.org/abs/2203.08065), section 3.
     """
     surface = as_surface(model, x, y, sample_weight, batch_size)
-    return _change(surface, as_radius(rho), neighborhood)
+    return _measured("surrogate_gap", surface, [_Adversary(as_radius(rho), neighborhood)])
 
 
 def gap_curvature(
@@ -295,7 +313,8 @@ def gap_curvature(
     surface, rho = as_surface(model, x, y, sample_weight, batch_size), as_radius(rho)
     if rho == 0:
         raise ValueError("`rho` must be > 0: the gap is divided by its square. Received: rho=0")
-    return 2 * _change(surface, rho, "euclidean", steps, restarts, seed) / rho**2
+    adversary = _Adversary(rho, "euclidean", steps, restarts, seed)
+    return _measured("gap_curvature", surface, [adversary], factor=2 / rho**2)
 
 
 def average_sharpness(
@@ -354,21 +373,12 @@ def average_sharpness(
         - [Andriushchenko et al., 2023](https://arxiv.org/abs/2302.07011)
     """
     surface, rho = as_surface(model, x, y, sample_weight, batch_size), as_radius(rho)
-    region, random = neighborhoods.get(neighborhood), np.random.default_rng(seed)
     _check_count("samples", samples, 2)
-    w = surface.weights
-    clean = _finite_loss(surface, surface.loss(w))
-    biases = [is_bias(v) for v in surface.variables]
-    scales = [1.0 if s is None else s for s in region.scales(w, biases)]
-    size = rho / sum(math.prod(t.shape) for t in w) ** (1 / region.p)
-
-    def rise():
-        e = [size * s * z for s, z in zip(scales, _gaussian(random, w), strict=True)]
-        opposite = vectors.scale(-1.0, e)
-        return np.mean([surface.loss(vectors.add(w, d)) for d in (e, opposite)]) - clean
-
-    rises = [rise() for _ in range(samples)]
-    return Average(float(np.mean(rises)), float(np.std(rises, ddof=1) / math.sqrt(samples)))
+    start = _start(surface, gradient=False)
+    pairs = _RandomPairs(surface, rho, as_region(neighborhood), samples, seed)
+    change = rounding.settle(pairs.by_losses(start), lambda: pairs.by_slopes(start))
+    value = rounding.warn("average_sharpness", change, start.loss)
+    return Average(value, math.hypot(change.spread, change.error))
 
 
 def m_sharpness(
@@ -428,12 +438,23 @@ def m_sharpness(
     _check_count("m", m, 1)
     surface, rho = as_surface(model, x, y, sample_weight, batch_size=m), as_radius(rho)
 
-    def rise(batch):
-        alone = _alone(surface, batch)
-        change = _change(alone, rho, neighborhood, steps, restarts, seed)
-        return [ops.convert_to_tensor(change, "float32")]
+    adversary, start = _Adversary(rho, neighborhood, steps, restarts, seed), []
 
-    return float(ops.convert_to_numpy(surface.over_batches(rise)[0]))
+    def together(way):
+        """The mean over groups of what one way to measure gives for each."""
+
+        def of_group(batch):
+            alone = _alone(surface, batch)
+            begin = _start(alone)
+            start.append(begin.loss)
+            change = way(adversary, alone, begin)
+            return [change.value, change.error]
+
+        values, errors = surface.scalars(of_group).T
+        return Change(surface.total(values), surface.error_of_total(errors))
+
+    change = rounding.settle(together(_Adversary.by_losses), lambda: together(_Adversary.by_slopes))
+    return rounding.warn("m_sharpness", change, float(np.mean(start)))
 
 
 def gradient_angle(
@@ -472,13 +493,24 @@ def gradient_angle(
         - [Deng et al., 2024](https://arxiv.org/abs/2409.13173)
     """
     surface = as_surface(model, x, y, sample_weight, batch_size)
-    rho, (_, g) = as_radius(rho, minimum=-math.inf), _start(surface)
+    rho, g = as_radius(rho, minimum=-math.inf), _start(surface).gradient
     w, biases = surface.weights, [is_bias(v) for v in surface.variables]
-    e = neighborhoods.get(neighborhood).perturbation(g, w, rho, biases)
+    e = as_region(neighborhood).perturbation(g, w, rho, biases)
     u, v = (_unit(t) for t in (g, surface.loss_and_gradient(vectors.add(w, e)).gradient))
     # Unlike the arc cosine, accurate for small angles as well.
     apart, together = vectors.norm(vectors.add_scaled(u, -1.0, v)), vectors.norm(vectors.add(u, v))
     return 2 * math.degrees(math.atan2(float(apart), float(together)))
+
+
+def as_region(neighborhood):
+    """The neighborhood of a measure: by the name "adaptive", the one that rescaling leaves alone.
+
+    Training has `AdaptiveBall()` by that name, whose `eta` and unscaled biases keep small
+    weights moving, but set a scale of their own.
+    """
+    if isinstance(neighborhood, str) and neighborhood.lower() == "adaptive":
+        return neighborhoods.AdaptiveBall(eta=0.0, scale_biases=True)
+    return neighborhoods.get(neighborhood)
 
 
 def as_radius(rho, minimum=0.0):
@@ -500,35 +532,135 @@ def _alone(surface, batch):
     return alone
 
 
-def _start(surface):
-    """Loss, a float, and gradient at the weights of the model."""
-    loss, g = surface.loss_and_gradient(surface.weights)
-    return _finite_loss(surface, float(ops.convert_to_numpy(loss))), g
+class _Start(NamedTuple):
+    """Loss, its rounding, and gradient at the weights of the model."""
+
+    loss: float
+    rounding: float
+    gradient: list | None
 
 
-def _finite_loss(surface, loss):
+def _start(surface, gradient=True):
+    w, g = surface.weights, None
+    if gradient:
+        loss, g = surface.loss_and_gradient(w)
+    else:
+        loss = surface.loss(w)
     if not math.isfinite(loss):
         surface.check()  # Raises, and says what to look for.
-    return loss
+    return _Start(loss, surface.rounding, g)
 
 
-def _change(surface, rho, neighborhood, steps=1, restarts=0, seed=0, start=None):
-    """How far the loss goes on projected ascents; on descents, if rho is negative."""
-    _check_count("steps", steps, 1)
-    _check_count("restarts", restarts, 0)
-    region, random = neighborhoods.get(neighborhood), np.random.default_rng(seed)
-    w, biases = surface.weights, [is_bias(v) for v in surface.variables]
-    clean, g = start or _start(surface)
-    changes = []
-    for direction in [g, *(_gaussian(random, w) for _ in range(restarts))]:
-        e = region.perturbation(direction, w, rho, biases)
-        for _ in range(steps - 1):
-            loss, slope = surface.loss_and_gradient(vectors.add(w, e))
-            changes.append(float(ops.convert_to_numpy(loss)) - clean)
-            climb = region.perturbation(slope, w, rho, biases)
-            e = region.project(vectors.add(e, climb), w, abs(rho), biases)
-        changes.append(surface.loss(vectors.add(w, e)) - clean)
-    return float(np.max(changes) if rho >= 0 else np.min(changes))
+def _slopes(surface, w, e):
+    """How fast the loss rises along `e`, half the way and at its end."""
+    ways = (vectors.add_scaled(w, t, e) for t in (0.5, 1.0))
+    gradients = (surface.loss_and_gradient(way).gradient for way in ways)
+    return [float(ops.convert_to_numpy(vectors.dot(gradient, e))) for gradient in gradients]
+
+
+class _Adversary:
+    """Projected ascents in a neighborhood; descents, if rho is negative."""
+
+    def __init__(self, rho, neighborhood, steps=1, restarts=0, seed=0):
+        _check_count("steps", steps, 1)
+        _check_count("restarts", restarts, 0)
+        self.rho, self.region = rho, as_region(neighborhood)
+        self.steps, self.restarts, self.seed = steps, restarts, seed
+
+    def by_losses(self, surface, start):
+        """The farthest that the loss goes, as the difference of two losses."""
+        changes = [
+            Change(loss - start.loss, math.hypot(noise, start.rounding))
+            for _, loss, noise in self._points(surface, start.gradient)
+        ]
+        return self._farthest(changes)
+
+    def by_slopes(self, surface, start):
+        """The same, as the integral of the slope: two more gradients for each point."""
+        w, g, changes = surface.weights, start.gradient, []
+        for e, _, _ in self._points(surface, g):
+            slopes = [float(ops.convert_to_numpy(vectors.dot(g, e))), *_slopes(surface, w, e)]
+            changes.append(rounding.simpson(slopes, start.loss, start.rounding))
+        return self._farthest(changes)
+
+    def _farthest(self, changes):
+        return (max if self.rho >= 0 else min)(changes, key=lambda change: change.value)
+
+    def _points(self, surface, g):
+        """Yields each perturbation on the way, the loss there and its rounding."""
+        w, biases = surface.weights, [is_bias(v) for v in surface.variables]
+        random, region = np.random.default_rng(self.seed), self.region
+        for direction in [g, *(_gaussian(random, w) for _ in range(self.restarts))]:
+            e = region.perturbation(direction, w, self.rho, biases)
+            for _ in range(self.steps - 1):
+                loss, slope = surface.loss_and_gradient(vectors.add(w, e))
+                yield e, loss, surface.rounding
+                climb = region.perturbation(slope, w, self.rho, biases)
+                e = region.project(vectors.add(e, climb), w, abs(self.rho), biases)
+            loss = surface.loss(vectors.add(w, e))
+            yield e, loss, surface.rounding
+
+
+def _measured(name, surface, adversaries, factor=1.0):
+    """How far apart the first adversary and the second, or the start, are in their losses."""
+    start = _start(surface)
+
+    def total(changes):
+        signs = (1, -1)[: len(changes)]
+        value = sum(s * change.value for s, change in zip(signs, changes, strict=True))
+        return Change(factor * value, factor * math.hypot(*(change.error for change in changes)))
+
+    change = rounding.settle(
+        total([adversary.by_losses(surface, start) for adversary in adversaries]),
+        lambda: total([adversary.by_slopes(surface, start) for adversary in adversaries]),
+    )
+    return rounding.warn(name, change, start.loss, stacklevel=3)
+
+
+class _RandomPairs:
+    """Pairs of opposite random perturbations, and how far the loss rises on their average."""
+
+    def __init__(self, surface, rho, region, samples, seed):
+        self.surface, self.samples, self.seed = surface, samples, seed
+        w = surface.weights
+        scales = region.scales(w, [is_bias(v) for v in surface.variables])
+        size = rho / sum(math.prod(t.shape) for t in w) ** (1 / region.p)
+        self._scales = [size * (1.0 if s is None else s) for s in scales]
+
+    def by_losses(self, start):
+        """As the mean of differences of losses, which have the first loss in common."""
+        w, noise = self.surface.weights, [0.0]
+
+        def loss(e):
+            value = self.surface.loss(vectors.add(w, e))
+            noise.append(self.surface.rounding)
+            return value
+
+        rises = [(loss(e) + loss(opposite)) / 2 - start.loss for e, opposite in self._pairs()]
+        error = math.hypot(start.rounding, max(noise) / math.sqrt(2 * self.samples))
+        return Change(float(np.mean(rises)), error, _standard_error(rises))
+
+    def by_slopes(self, start):
+        """As the mean of integrals of the slope: four gradients each."""
+        w, rises = self.surface.weights, []
+        for pair in self._pairs():
+            # Those at the weights themselves cancel.
+            slopes = [[0.0, *_slopes(self.surface, w, e)] for e in pair]
+            rises.append(rounding.simpson(slopes, start.loss, start.rounding))
+        values, errors = np.array([(rise.value, rise.error) for rise in rises]).T
+        error = float(np.linalg.norm(errors)) / self.samples
+        return Change(float(np.mean(values)), error, _standard_error(values))
+
+    def _pairs(self):
+        random = np.random.default_rng(self.seed)
+        for _ in range(self.samples):
+            noise = _gaussian(random, self.surface.weights)
+            e = [s * z for s, z in zip(self._scales, noise, strict=True)]
+            yield e, vectors.scale(-1.0, e)
+
+
+def _standard_error(samples):
+    return float(np.std(samples, ddof=1) / math.sqrt(len(samples)))
 
 
 def _gaussian(random, w):

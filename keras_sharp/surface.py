@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sharp import engine, vectors
+from keras_sharp import engine, rounding, vectors
 from keras_sharp.objective import Evaluation, compute_loss
 from keras_sharp.preprocessing import preprocess_data
 from keras_sharp.weights import is_overwritten
@@ -70,7 +70,11 @@ class LossSurface:
         self._data = _open(self.model, x, y, sample_weight, batch_size)
         #: How many batches the last evaluation took.
         self.num_batches = 0
+        #: How far the last loss may be off by rounding, in the units of the loss.
+        self.rounding = 0.0
+        self._batch_weights = []  # Of the last evaluation.
         self._works = False  # So far, no batch has been evaluated.
+        self._loss_unit = rounding.unit("float32")
         self._masked = False
 
         self.compiled = (lambda fn: fn) if self.model.run_eagerly else engine.compiled
@@ -115,16 +119,17 @@ class LossSurface:
             state: see `loss`.
 
         Returns:
-            An `Evaluation`, the pair `(loss, gradient)`.
+            An `Evaluation`, the pair `(loss, gradient)`: a float, and a list.
         """
-        state = self.state if state is None else state
+        state, losses = self.state if state is None else state, []
 
         def evaluate(batch):
             (loss, _), gradient = self._loss_and_gradient(w, state, batch)
-            return [loss, *gradient]
+            losses.append(loss)
+            return gradient
 
-        loss, *gradient = self.over_batches(evaluate)
-        return Evaluation(loss, vectors.Vector(gradient))
+        gradient = self.over_batches(evaluate)
+        return Evaluation(self._total_loss(losses), vectors.Vector(gradient))
 
     def check(self):
         """Refuse a loss that is not finite, or is another one the next time.
@@ -151,15 +156,16 @@ class LossSurface:
             )
 
     def _loss_and_state(self, w, state):
-        after = state
+        losses, after = [], state
+        for loss, after in self._each_batch(lambda batch: self._loss(w, state, batch)):  # noqa: B007
+            losses.append(loss)
+        return self._total_loss(losses), after
 
-        def evaluate(batch):
-            nonlocal after
-            loss, after = self._loss(w, state, batch)
-            return [loss]
-
-        (loss,) = self.over_batches(evaluate)
-        return float(ops.convert_to_numpy(loss)), after
+    def _total_loss(self, losses):
+        """The loss of all data, a float, from those of the batches."""
+        values = as_floats([[loss] for loss in losses])[:, 0]
+        self.rounding = self.rounding_of(values)
+        return self.total(values)
 
     # Over the batches
 
@@ -179,12 +185,13 @@ class LossSurface:
             y_pred = self.model(x, training=False)
             self._masked |= any(map(engine.has_mask, keras.tree.flatten(y_pred)))
             loss = compute_loss(self.model, x, y, y_pred, sample_weight, training=False)
+        self._loss_unit = rounding.unit(loss.dtype)
         if len(loss.shape) > 0:
             raise ValueError(
                 "The compiled loss must be one number. Received: a loss of the shape "
                 f"{tuple(loss.shape)}. Compile with a loss that is not of reduction='none'."
             )
-        if self._reductions != {"sum"}:
+        if not self._is_sum:
             loss = engine.loss_of_replica(loss)
         return loss, [scope.get_current_value(v) for v in self._others]
 
@@ -199,31 +206,81 @@ class LossSurface:
 
         Args:
             fn: function of a batch, the triple `(x, y, sample_weight)` of
-                tensors, that returns the batch's part of the loss, of a
-                gradient or the like: a list of tensors.
+                tensors, that returns the batch's part of a gradient or the
+                like: a list of tensors.
 
         Returns:
             A list like those of `fn`, combined as the losses of batches are.
         """
-        combined, total, self.num_batches = None, 0.0, 0
-        for batch in self.batches():
-            self.num_batches += 1
-            new, weight = self._try(fn, batch), self.batch_weight(batch)
+        combined, total = None, 0.0
+        for new in self._each_batch(fn):
+            weight = self._batch_weights[-1]
             total += weight
-            if combined is not None or engine.num_replicas() > 1:
-                self._check_split(batch)
             if combined is None:
                 combined = new
-            elif self._reductions == {"sum"}:
+            elif self._is_sum:
                 combined = vectors.add(combined, new)
             else:
                 share = weight / total if total else 0.0
                 combined = vectors.add(
                     vectors.scale(1.0 - share, combined), vectors.scale(share, new)
                 )
-        if combined is None:
-            raise ValueError("There are no data: `x` yields no batch. Expected at least one.")
         return self.over_processes(combined, total)
+
+    def scalars(self, fn):
+        """What `fn` gives for each batch, as floats.
+
+        Args:
+            fn: function of a batch, as that of `over_batches`, that returns a
+                list of scalars. They are read when all batches are through,
+                which on a GPU does not make one wait for the other.
+
+        Returns:
+            An array of float64 with a row per batch.
+        """
+        return as_floats(list(self._each_batch(fn)))
+
+    def total(self, values):
+        """What all data have together, of an array with an entry for each batch: a float.
+
+        Batches are combined as their losses are, in float64.
+        """
+        return self._of_processes(float(self._shares() @ values))
+
+    def error_of_total(self, errors):
+        """How far `total` is off where each batch is off by so much, independently."""
+        # Of several processes, the mean: no less, and the same number in all of them.
+        return self._of_processes(float(np.linalg.norm(self._shares() * errors)))
+
+    def _of_processes(self, number):
+        if engine.num_replicas() == 1:
+            return number
+        part = [ops.convert_to_tensor(np.array(number))]
+        return float(as_floats([self.over_processes(part, sum(self._batch_weights))])[0, 0])
+
+    def rounding_of(self, losses):
+        """How far `total` is off by the rounding of these losses of the batches."""
+        units = self._loss_unit, rounding.coarsest_unit(self.model)
+        noise = rounding.of_losses(losses, self._batch_weights, *units, self._is_sum)
+        return self.error_of_total(noise)
+
+    def _shares(self):
+        """How much each batch of the last evaluation counts."""
+        weights = np.array(self._batch_weights, "float64")
+        return np.ones_like(weights) if self._is_sum else weights / (weights.sum() or 1.0)
+
+    def _each_batch(self, fn):
+        """Yields what `fn` returns for each batch."""
+        self.num_batches, self._batch_weights = 0, []
+        for batch in self.batches():
+            self.num_batches += 1
+            result = self._try(fn, batch)
+            self._batch_weights.append(self.batch_weight(batch))
+            if self.num_batches > 1 or engine.num_replicas() > 1:
+                self._check_split(batch)
+            yield result
+        if self.num_batches == 0:
+            raise ValueError("There are no data: `x` yields no batch. Expected at least one.")
 
     def over_processes(self, part, weight):
         """What all processes of PyTorch have together, from what each has of its own data.
@@ -235,7 +292,7 @@ class LossSurface:
         Returns:
             A list like it, the same in all processes. One message.
         """
-        if self._reductions == {"sum"}:
+        if self._is_sum:
             return engine.sum_over_processes(part)
         return engine.mean_over_processes(part, weight)
 
@@ -272,6 +329,11 @@ class LossSurface:
         """How the compiled losses make one number of a batch."""
         names = {getattr(loss, "reduction", _MEAN) for loss in keras.tree.flatten(self.model.loss)}
         return {_MEAN if name == "mean" else name for name in names}
+
+    @property
+    def _is_sum(self):
+        """Whether the losses of batches add up, or else have a mean."""
+        return self._reductions == {"sum"}
 
     def batch_weight(self, batch):
         """The weight of the loss of a batch in the mean of all."""
@@ -312,6 +374,11 @@ class LossSurface:
 
 
 _MEAN = "sum_over_batch_size"
+
+
+def as_floats(rows):
+    """Lists of scalar tensors or floats as an array of float64."""
+    return np.array([[float(ops.convert_to_numpy(t)) for t in row] for row in rows], "float64")
 
 
 def _size(batch):

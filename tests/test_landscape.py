@@ -1,5 +1,9 @@
 """Slices of the loss: a linear model under mean squared error is a parabola in every direction."""
 
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
 import keras
 import numpy as np
 import pytest
@@ -171,6 +175,238 @@ def test_a_filter_normalised_slice_does_not_depend_on_the_scale_of_the_layers():
     first.assign(first * 10.0)
     second.assign(second / 10.0)
     np.testing.assert_allclose(landscape.line(model, x, y, num_points=5).losses, before, rtol=1e-4)
+
+
+# What a filter is, by the layer: all that makes one output
+
+
+def einsum(equation, output, **kwargs):
+    return lambda: keras.layers.EinsumDense(equation, output, **kwargs)
+
+
+class Filters(NamedTuple):
+    """A layer without bias, and what scaling its filters by `c` does to its output."""
+
+    make: Callable
+    shape: tuple  # of the input, without the batch
+    axes: tuple = (-1,)  # of the filters
+    weight: str = "kernel"
+    scaled: Callable = lambda y, c: y * np.ravel(c)
+
+
+def without_bias(cls, *args, **kwargs):
+    return lambda: cls(*args, use_bias=False, **kwargs)
+
+
+L = keras.layers
+LINEAR = {
+    "Dense": Filters(without_bias(L.Dense, 4), (3,)),
+    "Conv1D": Filters(without_bias(L.Conv1D, 4, 2), (4, 3)),
+    "Conv2D": Filters(without_bias(L.Conv2D, 6, 2, groups=3), (4, 4, 3)),
+    "Conv3D": Filters(without_bias(L.Conv3D, 3, 2), (3, 3, 3, 2)),
+    "DepthwiseConv1D": Filters(
+        without_bias(L.DepthwiseConv1D, 2, depth_multiplier=2), (4, 3), (-2, -1)
+    ),
+    "DepthwiseConv2D": Filters(
+        without_bias(L.DepthwiseConv2D, 2, depth_multiplier=2), (4, 4, 3), (-2, -1)
+    ),
+    "SeparableConv1D": Filters(
+        without_bias(L.SeparableConv1D, 4, 2), (4, 3), weight="pointwise_kernel"
+    ),
+    "SeparableConv2D": Filters(
+        without_bias(L.SeparableConv2D, 4, 2), (4, 4, 3), weight="pointwise_kernel"
+    ),
+    "Conv1DTranspose": Filters(without_bias(L.Conv1DTranspose, 4, 2), (4, 3), (-2,)),
+    "Conv2DTranspose": Filters(without_bias(L.Conv2DTranspose, 4, 2), (4, 4, 3), (-2,)),
+    "Conv3DTranspose": Filters(without_bias(L.Conv3DTranspose, 3, 2), (3, 3, 3, 2), (-2,)),
+    # Into heads, out of heads, one kernel for each position.
+    "EinsumDense": Filters(
+        einsum("abc,cde->abde", (None, 2, 3)), (4, 5), (-2, -1), scaled=lambda y, c: y * c
+    ),
+    "EinsumDense out": Filters(einsum("abcd,cde->abe", (None, 4)), (3, 2, 5)),
+    "EinsumDense each": Filters(
+        einsum("abc,bcd->abd", (3, 4)), (3, 2), (0, -1), scaled=lambda y, c: y * c[:, 0]
+    ),
+    "EinsumDense dots": Filters(einsum("...x,yx->...y", 4), (2, 3), (0,)),
+    "Embedding": Filters(
+        lambda: L.Embedding(5, 3), (4,), (0,), "embeddings", lambda y, c: y * c[TOKENS % 5]
+    ),
+    "ReversibleEmbedding": Filters(
+        lambda: L.ReversibleEmbedding(5, 3),
+        (4,),
+        (0,),
+        "embeddings",
+        lambda y, c: y * c[TOKENS % 5],
+    ),
+}
+TOKENS = np.arange(8).reshape(2, 4)
+
+#: Layers whose kernels have their filters last: one for each unit of each gate.
+RECURRENT = ["SimpleRNN", "LSTM", "GRU", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"]
+RECURRENT += ["SimpleRNNCell", "LSTMCell", "GRUCell"]
+
+#: Layers that have kernels only in other layers, which are asked themselves.
+COMPOSED = ["MultiHeadAttention", "GroupQueryAttention", "RNN"]
+COMPOSED += ["StackedRNNCells", "Bidirectional", "TimeDistributed", "Wrapper"]
+COMPOSED += ["SpectralNormalization", "Pipeline"]
+
+#: Layers without a trainable weight of two axes, but for what counts as a scale.
+WITHOUT = """
+Activation ActivityRegularization AdaptiveAveragePooling AdaptiveMaxPooling Add
+AdditiveAttention AlphaDropout Attention AugMix AutoContrast Average AveragePooling AvgPool
+BatchNormalization CategoryEncoding CenterCrop Concatenate
+ContrastLimitedAdaptiveHistogramEqualization Cropping CutMix Discretization Dot Dropout ELU
+Equalization Flatten FlaxLayer GaussianDropout GaussianNoise GlobalAveragePooling
+GlobalAvgPool GlobalMaxPool GlobalMaxPooling GroupNormalization HashedCrossing Hashing
+Identity InputLayer IntegerLookup JaxLayer Lambda Layer LayerNormalization LeakyReLU Masking
+MaxNumBoundingBoxes MaxPool MaxPooling Maximum MelSpectrogram Minimum MixUp Multiply
+Normalization PReLU Permute RMSNormalization RandAugment RandomBrightness
+RandomColorDegeneration RandomColorJitter RandomContrast RandomCrop RandomElasticTransform
+RandomErasing RandomFlip RandomGaussianBlur RandomGrayscale RandomHeight RandomHue
+RandomInvert RandomPerspective RandomPosterization RandomRotation RandomSaturation
+RandomSharpness RandomShear RandomTranslation RandomWidth RandomZoom ReLU RepeatVector
+Rescaling Reshape Resizing STFTSpectrogram Softmax Solarization SpatialDropout StringLookup
+Subtract TFSMLayer TextVectorization TorchModuleWrapper UnitNormalization UpSampling
+ZeroPadding
+""".split()  # noqa: SIM905
+
+
+def test_every_layer_of_keras_is_classified():
+    """A new one belongs into one of the tables above, and perhaps into that of `landscape`."""
+    known = {re.sub(r"( .*)$", "", name) for name in LINEAR} | {*RECURRENT, *COMPOSED, *WITHOUT}
+    found = {
+        name
+        for name, value in vars(keras.layers).items()
+        if isinstance(value, type) and issubclass(value, keras.layers.Layer)
+    }
+    unknown = {name for name in found if not {name, re.sub(r"\dD$", "", name)} & known}
+    assert not {name for name in unknown if not is_alias(name)}
+
+
+def is_alias(name):
+    """Whether a class has another name, by which it is known."""
+    return getattr(keras.layers, name).__name__ != name
+
+
+def built(case):
+    keras.utils.set_random_seed(1)
+    tokens = case.weight == "embeddings"
+    x = TOKENS % 5 if tokens else np.random.default_rng(0).normal(size=(2, *case.shape))
+    inputs = keras.Input(case.shape, dtype="int32" if tokens else "float32")
+    model = keras.Model(inputs, case.make()(inputs))
+    (kernel,) = [v for v in model.trainable_variables if v.name == case.weight]
+    return model, kernel, x
+
+
+@AS_WRITTEN
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_filter_is_what_makes_one_output_and_its_direction_goes_along_with_it(name):
+    case = LINEAR[name]
+    model, kernel, x = built(case)
+    axes = [axis % len(kernel.shape) for axis in case.axes]
+    shape = [n if axis in axes else 1 for axis, n in enumerate(kernel.shape)]
+    c = np.random.default_rng(1).uniform(0.2, 5.0, size=shape)
+
+    def look():
+        index = [v is kernel for v in model.trainable_variables].index(True)
+        return model.predict(x, verbose=0), landscape.random_direction(model)[index]
+
+    output, direction = look()
+    kernel.assign(values([kernel])[0] * c)
+    scaled, scaled_direction = look()
+    np.testing.assert_allclose(scaled, case.scaled(output, c), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(scaled_direction, direction * c, rtol=1e-4)
+
+
+@AS_WRITTEN
+@pytest.mark.parametrize("layer", [L.SeparableConv1D, L.SeparableConv2D])
+def test_the_depthwise_part_of_a_separable_convolution_has_a_filter_for_each_channel(layer):
+    case = Filters(without_bias(layer, 4, 3), (5, 5, 3)[-1 - int(layer.__name__[-2]) :])
+    model, _, _ = built(case._replace(weight="pointwise_kernel"))
+    depthwise = model.trainable_variables[0]
+    before = landscape.random_direction(model)[0]
+    c = np.array([[0.1], [1.0], [10.0]])
+    depthwise.assign(values([depthwise])[0] * c)
+    np.testing.assert_allclose(landscape.random_direction(model)[0], before * c, rtol=1e-4)
+
+
+@AS_WRITTEN
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_slice_of_an_attention_does_not_depend_on_how_queries_and_keys_are_scaled(grouped):
+    """Each of the products of a head may be scaled by itself."""
+    keras.utils.set_random_seed(0)
+    if grouped:
+        attention, heads = L.GroupQueryAttention(4, 4, 2, use_bias=False), 2
+    else:
+        attention, heads = L.MultiHeadAttention(2, 4, use_bias=False), 2
+    inputs = keras.Input((3, 5))
+    outputs = keras.layers.Dense(1)(keras.layers.Flatten()(attention(inputs, inputs)))
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", "mse")
+    x, y = np.random.default_rng(0).normal(size=(8, 3, 5)), np.ones((8, 1))
+    before = landscape.line(model, x, y, num_points=5).losses
+    by_path = {v.path.split("/")[-2]: v for v in model.trainable_variables}
+    query, key = by_path["query"], by_path["key"]
+    c = np.random.default_rng(1).uniform(0.1, 10.0, size=(heads, 4))
+    key.assign(values([key])[0] / c)
+    query.assign(values([query])[0] * np.repeat(c, query.shape[1] // heads, axis=0))
+    after = landscape.line(model, x, y, num_points=5).losses
+    np.testing.assert_allclose(after, before, rtol=1e-4)
+    assert np.ptp(before) > 1e-2
+
+
+@AS_WRITTEN
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: L.Conv2D(3, 3, use_bias=False), (1, 1, 1, 3)),
+        (lambda: L.DepthwiseConv2D(3, use_bias=False), (1, 1, 3, 1)),
+        (lambda: L.Conv2DTranspose(3, 3, use_bias=False), (1, 1, 3, 1)),
+    ],
+)
+def test_a_slice_does_not_depend_on_the_scale_of_filters_before_a_batchnormalization(layer, shape):
+    keras.utils.set_random_seed(0)
+    convolution, normalization = layer(), L.BatchNormalization(epsilon=1e-7)
+    inner = [convolution, normalization, L.Activation("tanh"), L.Flatten(), L.Dense(1)]
+    model = keras.Sequential([keras.Input((4, 4, 3)), *inner])
+    model.compile("sgd", "mse")
+    x, y = np.random.default_rng(0).normal(size=(8, 4, 4, 3)), np.ones((8, 1))
+    before = landscape.line(model, x, y, num_points=3).losses
+    c = np.array([10.0, 0.1, 3.0])
+    for variable, factor in [
+        (convolution.trainable_variables[0], c.reshape(shape)),
+        (normalization.moving_mean, c),
+        (normalization.moving_variance, c**2),
+    ]:
+        variable.assign(values([variable])[0] * factor)
+    after = landscape.line(model, x, y, num_points=3).losses
+    np.testing.assert_allclose(after, before, rtol=1e-4)
+
+
+def test_the_slopes_of_a_prelu_are_no_filters():
+    model = keras.Sequential([keras.Input((4, 3)), L.PReLU(), L.Flatten(), L.Dense(1)])
+    assert not np.any(landscape.random_direction(model)[0])
+
+
+def test_a_layer_within_a_layer_is_asked_itself():
+    """A model holds the weights of all; the innermost layer knows what they are."""
+
+    class Outer(L.DepthwiseConv2D):
+        def build(self, shape):
+            self.inner = L.Dense(2)
+            self.inner.build((None, 3))
+            super().build(shape)
+
+    layer = Outer(2)
+    model = keras.Sequential([keras.Input((4, 4, 3)), L.TimeDistributed(L.Dense(3)), layer])
+    lengths = {
+        v.path: np.linalg.norm(d, axis=0)
+        for v, d in zip(model.trainable_variables, landscape.random_direction(model), strict=True)
+    }
+    kernel = values([layer.inner.kernel])[0]
+    np.testing.assert_allclose(
+        lengths[layer.inner.kernel.path], np.linalg.norm(kernel, axis=0), rtol=1e-5
+    )
 
 
 # Bad input

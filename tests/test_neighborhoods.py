@@ -305,6 +305,21 @@ def test_scales_refuse_what_is_no_finite_number(value):
         WeightScaledBall(gamma=value)
 
 
+@pytest.mark.parametrize("value", [0, 1.0, "yes", None])
+def test_whether_biases_are_scaled_is_a_boolean(value):
+    with pytest.raises(
+        ValueError, match=r"`scale_biases` must be True or False\. Received: scale_"
+    ):
+        AdaptiveBall(scale_biases=value)
+
+
+def test_with_scaled_biases_all_weights_are_scaled(float64):
+    w = float64.tensors([np.array([2.0, -3.0]), np.array([0.5])])
+    for biases in (None, [False, True], [True, True]):
+        scales = AdaptiveBall(eta=0.1, scale_biases=True).scales(w, biases)
+        float64.assert_close(scales, [np.array([2.1, 3.1]), np.array([0.6])])
+
+
 @EVERY_REGION
 def test_config_round_trip(region):
     one = make(region)
@@ -318,7 +333,7 @@ def test_config_round_trip(region):
 
 def test_an_integer_order_is_saved_as_the_float_it_is():
     assert Ball(3).get_config() == {"p": 3.0}
-    assert AdaptiveBall(0).get_config() == {"eta": 0.0, "p": 2.0}
+    assert AdaptiveBall(0).get_config() == {"eta": 0.0, "p": 2.0, "scale_biases": False}
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,32 @@ def test_on_a_quadratic_the_steps_are_the_closed_form():
     np.testing.assert_allclose(found.val_loss, found.initial_val_loss)
 
 
+@pytest.mark.filterwarnings("ignore:The validation loss falls with no rho")
+def test_gains_far_below_the_rounding_of_the_loss_are_right():
+    """The loss is about 1e10, in steps of 1024."""
+    model = compiled(models.linear(features=3), optimizer=keras.optimizers.SGD(0.0))
+    y = np.float32(1e5) * np.sign(Y)
+    found = find(model, y=y, batch_size=16, rhos=[1e-5, 1e-4])
+    w, x = values(model.trainable_variables)[0].astype("float64"), X.astype("float64")
+    length = np.linalg.norm(2 * x.T @ (x @ w - y) / len(x))
+    np.testing.assert_allclose(found.gain, length * found.rho, rtol=1e-4)
+    np.testing.assert_allclose(found.sharpness, found.gain[1], rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The validation loss falls with no rho")
+def test_where_a_gain_is_nothing_but_rounding_a_warning_says_so():
+    """Here the gradient is made up, so that the slope does not help."""
+
+    def loss(y, y_pred):
+        wrong = 300.0 * y_pred
+        return 1e4 + y_pred**2 + wrong - keras.ops.stop_gradient(wrong)
+
+    model = compiled(models.linear(features=3), optimizer=keras.optimizers.SGD(0.0))
+    model.compile(keras.optimizers.SGD(0.0), loss)
+    with pytest.warns(UserWarning, match="`sharpness` and `gain` may be rounding.*larger rho"):
+        find(model, batch_size=16, rhos=[1e-4, 1e-3])
+
+
 def test_the_step_is_that_of_the_neighborhood():
     model = compiled(models.linear(), methods.ASAM(rho=0.5), keras.optimizers.SGD(0.0))
     with pytest.warns(UserWarning, match="falls with no rho"):

@@ -210,24 +210,158 @@ def test_across_a_valley_the_gradients_are_opposite():
     assert sharpness.gradient_angle(model, x, np.ones((2, 1)), rho=0.5) == 0
 
 
-@AS_WRITTEN
-def test_adaptive_sharpness_does_not_depend_on_how_the_layers_are_scaled():
+def relu_net(use_bias=False, normalized=False):
+    """Each hidden unit may be scaled by a number, and what it goes into by the inverse."""
     keras.utils.set_random_seed(0)
-    dense = [keras.layers.Dense(n, use_bias=False) for n in (4, 1)]
-    model = keras.Sequential([keras.Input((3,)), dense[0], keras.layers.ReLU(), dense[1]])
+    first = keras.layers.Dense(4, use_bias=use_bias, bias_initializer="normal")
+    second = keras.layers.Dense(1, use_bias=use_bias, bias_initializer="normal")
+    between = [keras.layers.BatchNormalization(beta_initializer="normal")] if normalized else []
+    model = keras.Sequential(
+        [keras.Input((3,)), first, *between, keras.layers.Activation("relu"), second]
+    )
     model.compile("sgd", "mse")
+    return model, between[0].trainable_variables if normalized else first.weights, second.kernel
+
+
+NETS = {
+    "without biases": {},
+    "with biases": {"use_bias": True},
+    "scales of BatchNormalization": {"normalized": True},
+}
+
+
+@AS_WRITTEN
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("name", ["bilateral_sharpness", "average_sharpness", "m_sharpness"])
+def test_adaptive_sharpness_does_not_depend_on_how_the_units_are_scaled(name, net):
     x, y = models.regression()
 
-    def measure():
-        regions = [neighborhoods.AdaptiveBall(eta=0.0), neighborhoods.Ball()]
-        return [sharpness.max_sharpness(model, x, y, rho=0.1, neighborhood=r) for r in regions]
+    def found(c, neighborhood):
+        model, incoming, outgoing = relu_net(**NETS[net])
+        for variable in incoming:
+            variable.assign(values([variable])[0] * c)
+        outgoing.assign(values([outgoing])[0] / c[:, None])
+        return measure(name, model, x, y, rho=0.1, neighborhood=neighborhood)
 
-    adaptive, euclidean = measure()
-    dense[0].kernel.assign(dense[0].kernel * 8.0)
-    dense[1].kernel.assign(dense[1].kernel / 8.0)
-    adaptive_after, euclidean_after = measure()
-    assert adaptive_after == pytest.approx(adaptive, rel=1e-4)
-    assert abs(euclidean_after - euclidean) > 0.1 * euclidean
+    one, other = np.ones(4), np.array([0.02, 0.3, 8.0, 50.0])
+    adaptive = found(one, "adaptive")
+    assert found(other, "adaptive") == pytest.approx(adaptive, rel=1e-3)
+    # The region of training has a size of its own, and the ball anyhow.
+    for neighborhood in (neighborhoods.AdaptiveBall(), "euclidean"):
+        before, after = (found(c, neighborhood) for c in (one, other))
+        assert abs(after - before) > 0.05 * before
+
+
+@AS_WRITTEN
+def test_in_adaptive_sharpness_a_weight_of_zero_does_not_move():
+    model, x, y, _ = setting()
+    model.trainable_variables[1].assign([0.0])
+    region = sharpness.as_region("adaptive")
+    w = [keras.ops.convert_to_tensor(v) for v in values(model.trainable_variables)]
+    e = region.perturbation([keras.ops.ones_like(t) for t in w], w, 0.1, [False, True])
+    assert values(e)[1] == 0
+    model.trainable_variables[0].assign(np.zeros((3, 1)))
+    assert sharpness.max_sharpness(model, x, y, neighborhood="adaptive") == 0
+
+
+# Rounding: a rise that is small beside the loss
+
+
+def raw_targets(size, n=200):
+    """A regression at its minimum: a loss of `size²`, curvatures of about 2."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, 3)).astype("float32")
+    y = (x @ [[1.0], [2.0], [3.0]] + size * rng.normal(size=(n, 1))).astype("float32")
+    model = models.linear()
+    model.compile("sgd", "mse")
+    model.set_weights([np.linalg.lstsq(x.astype("float64"), y.astype("float64"), rcond=None)[0]])
+    return model, x, y
+
+
+def curvatures(x):
+    return np.linalg.eigvalsh(2 * x.T.astype("float64") @ x / len(x))
+
+
+@AS_WRITTEN
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize(("size", "batch_size"), [(1e2, 200), (1e4, 200), (1e4, 70)])
+def test_a_rise_below_the_rounding_of_the_loss_is_right(size, batch_size):
+    """At 1e4 the loss is rounded to multiples of 8: of the rise nothing is left."""
+    model, x, y = raw_targets(size)
+    surface = LossSurface(model, x, y, batch_size=batch_size)
+    largest = curvatures(x)[-1]
+    worst = {"steps": 5, "restarts": 1}
+    found = sharpness.gap_curvature(surface, **worst)
+    assert found == pytest.approx(largest, rel=0.1)
+    found = sharpness.max_sharpness(surface, rho=0.1, **worst)
+    assert found == pytest.approx(0.5 * 0.1**2 * largest, rel=0.1)
+    average, error = sharpness.average_sharpness(surface, samples=10)
+    assert abs(average - 0.5 * 0.05**2 * curvatures(x).sum() / 3) < 3 * error
+    exact = sharpness.average_sharpness(raw_targets(1.0)[0], *raw_targets(1.0)[1:], samples=10)
+    assert average == pytest.approx(exact.value, rel=0.01)  # The same random numbers.
+
+
+@AS_WRITTEN
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("m", [16, 200])
+def test_in_groups_it_is_right_as_well(m):
+    model, x, y = raw_targets(1e4)
+    shifted = values(model.trainable_variables)[0] + 0.5
+    model.set_weights([shifted])
+    total = 0.0
+    for start in range(0, 200, m):
+        group = slice(start, start + m)
+        oracle = Quadratic(model, x[group], y[group])
+        oracle.w, oracle.x = oracle.w, x[group].astype("float64")
+        g = oracle.gradient(oracle.w)
+        step = 1e-4 * g / np.linalg.norm(g)
+        total += len(x[group]) / 200 * (g @ step + step @ (oracle.x.T @ oracle.x) @ step / m)
+    found = sharpness.m_sharpness(model, x, y, m=m, rho=1e-4)
+    assert found == pytest.approx(total, rel=1e-3)
+
+
+@AS_WRITTEN
+@pytest.mark.parametrize("name", [*EXTREMES, "gap_curvature", "average_sharpness"])
+def test_where_nothing_but_rounding_is_left_a_warning_says_so(name):
+    """The slopes, too, are rounded, in units of the residuals."""
+    model, x, y = raw_targets(1e8)
+    expected = rf"`{name}` may be rounding: it is .* noise, beside a loss of .*Take a larger rho"
+    with pytest.warns(UserWarning, match=expected) as said:
+        measure(name, model, x, y)
+    ours = [warning for warning in said if issubclass(warning.category, UserWarning)]
+    assert [warning.filename for warning in ours] == [__file__]
+
+
+@AS_WRITTEN
+def test_where_the_gradient_is_not_that_of_the_loss_the_losses_count():
+    """A quantized layer has a gradient that is made up."""
+
+    def loss(y, y_pred):
+        wrong = 30.0 * y_pred
+        return 1e4 + y_pred**2 + wrong - keras.ops.stop_gradient(wrong)
+
+    model, x, y, _ = setting()
+    model.compile("sgd", loss)
+    with pytest.warns(UserWarning, match="`max_sharpness` may be rounding"):
+        found = sharpness.max_sharpness(model, x, y, rho=1e-3)
+    assert found == pytest.approx(0, abs=0.05)
+
+
+@AS_WRITTEN
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("sure", [1.0, 5.0, 30.0])
+def test_ordinary_networks_give_no_false_alarm(sure, logits):
+    keras.utils.set_random_seed(1)
+    last = keras.layers.Dense(3, None if logits else "softmax")
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(16, "relu"), last])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=logits))
+    last.kernel.assign(values([last.kernel])[0] * sure)
+    x, _ = models.classification(64)
+    y = values([model(x)])[0].argmax(axis=1)  # Right everywhere: the loss of a trained network.
+    surface = LossSurface(model, x, y, batch_size=32)
+    for name, rho in itertools.product(MEASURES, (1e-3, 0.05, 0.5)):
+        assert np.isfinite(measure(name, surface, rho=rho))
 
 
 # Properties of all measures

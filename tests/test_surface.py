@@ -102,6 +102,34 @@ def test_each_reduction_of_the_loss_is_put_together_as_it_must_be(reduction, wei
         np.testing.assert_allclose(surface.loss(surface.weights), expected, rtol=1e-5)
 
 
+def test_many_batches_add_no_rounding_of_their_own():
+    """Losses in float32, of which the last are small beside the first."""
+    model = compiled(models.linear())
+    x = np.ones((150, 3), "float32")
+    y = np.where(np.arange(150) < 10, 3e3, 1e-2)[:, None].astype("float32")
+    surface = LossSurface(model, x, y, batch_size=1)
+    w = surface.weights
+    losses = surface.scalars(lambda batch: [surface.batch_loss(w, surface.state, batch)[0]])
+    for loss in (surface.loss(w), surface.loss_and_gradient(w).loss):
+        assert loss == pytest.approx(np.mean(losses), rel=1e-14)
+        assert isinstance(loss, float)
+
+
+def test_what_rounding_adds_is_known_to_a_factor():
+    """Measured against float64, at random weights: regression, with a batch and with many."""
+    rng = np.random.default_rng(0)
+    model = compiled(models.linear())
+    x = rng.normal(size=(64, 3)).astype("float32")
+    for size, batch_size in [(1.0, 64), (1e3, 64), (1e3, 4)]:
+        y = (size * rng.normal(size=(64, 1))).astype("float32")
+        surface, ratios = LossSurface(model, x, y, batch_size=batch_size), []
+        for _ in range(30):
+            w = rng.normal(size=(3, 1)).astype("float32")
+            exact = np.mean((x.astype("float64") @ w - y) ** 2)
+            ratios.append((surface.loss([ops.convert_to_tensor(w)]) - exact) / surface.rounding)
+        assert 0.02 < np.sqrt(np.mean(np.square(ratios))) < 1.0
+
+
 def test_the_gradient_is_that_of_the_loss():
     model = compiled(models.mlp())
     _, expected = models.loss_and_gradient(model, *SMALL)

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from keras_sharp import neighborhoods, sharpness
+from keras_sharp import sharpness
 from keras_sharp.callbacks.probe import Probe
 from keras_sharp.identifiers import did_you_mean
 from keras_sharp.surface import LossSurface
@@ -43,7 +43,8 @@ class SharpnessProbe(Probe):
         rho: Float >= 0, the radius for all measures given by name. Defaults
             to `0.05`.
         neighborhood: a `keras_sharp.neighborhoods.Neighborhood` or its name,
-            likewise. Defaults to `"euclidean"`.
+            likewise; `"adaptive"` is what it is in `keras_sharp.sharpness`.
+            Defaults to `"euclidean"`.
         every: Integer >= 1, how many epochs lie between two looks. The first
             epoch and the last one are always among them. Defaults to `1`.
         batch_size: Integer, how many examples of an array are in memory at
@@ -87,7 +88,7 @@ class SharpnessProbe(Probe):
         verbose=0,
     ):
         super().__init__((x, y, sample_weight), every, verbose)
-        rho, region = sharpness.as_radius(rho), neighborhoods.get(neighborhood)
+        rho, region = sharpness.as_radius(rho), sharpness.as_region(neighborhood)
         if not isinstance(measures, dict):
             names = [measures] if isinstance(measures, str) else measures
             measures = {
