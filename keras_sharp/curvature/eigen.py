@@ -86,8 +86,9 @@ def eigenvalues(
     It stops when all residuals `‖H v - value * v‖` are below `tol * |value|`,
     or down to rounding, if two more products have not changed the values by
     more than that and no other value can still become one of those wanted. An
-    eigenvalue that occurs several times may be found fewer times, as by any
-    method of this kind. Needs memory for `size` numbers per product.
+    eigenvalue that occurs several times, or several that are within `tol` of
+    each other, may be found fewer times, as by any method of this kind. Needs
+    memory for `size` numbers per product.
 
     Args:
         model: a compiled and built `keras.Model`, wrapped or not. Or an
