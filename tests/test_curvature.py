@@ -509,6 +509,13 @@ def test_in_float64_all_is_as_exact_as_the_dense_matrix(network, float64):
 # The Hessian of models, in float32
 
 
+@pytest.fixture(autouse=True)
+def _uncertified(monkeypatch):
+    """`test_certificate.py` is about that. It would take more time than the rest of this file."""
+    monkeypatch.setattr(curvature.HessianOperator, "_check_product", lambda *_: None)
+    monkeypatch.setattr(curvature.GaussNewtonOperator, "_check_product", lambda *_: None)
+
+
 @pytest.fixture(params=models.MODES)
 def mode(request):
     with models.running(request.param):

@@ -11,7 +11,7 @@ from keras_sharp import engine
 #: The spacing of the numbers next to 1.
 _EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 #: How many times the noise of the differences an error must be: to be told, and to be refused.
-WEAK, STRONG = 4.0, 10.0
+WEAK, STRONG = 3.0, 6.0
 #: How many examples stand for all: see `few_examples`.
 EXAMPLES = 2
 
@@ -98,9 +98,9 @@ def certify(product, gradient, w, variables, model, factor):
     Raises:
         ValueError: if the product is wrong.
     """
-    eps = _precision(model, variables)
+    eps = _precision(model, variables, w)
     tolerance, step = min(32 * eps**0.5, 0.3), min(factor * eps**0.5, 0.1)
-    h = step * (float(np.sqrt(np.mean(w**2))) or 1.0)
+    h = step * (float(np.sqrt(np.mean(np.square(w, dtype="float64")))) or 1.0)
     layers = _Layers(variables)
     u, v = np.random.default_rng(0).standard_normal((2, w.size))
     hu, hv = product(u), product(v)
@@ -157,9 +157,10 @@ def _excess(error, noise, tolerance):
         return np.nan_to_num(np.where(error > tolerance, error / noise, 0.0), posinf=np.inf)
 
 
-def _precision(model, variables):
+def _precision(model, variables, w):
     """The coarsest spacing of the numbers that the model computes with."""
     names = {keras.backend.standardize_dtype(v.dtype) for v in variables}
+    names.add(str(w.dtype))  # JAX has float32 in place of float64, unless told otherwise.
     names |= {layer.compute_dtype for layer in [model, *engine.all_layers(model)]}
     return max(_EPS.get(name, 0.0) for name in names)
 

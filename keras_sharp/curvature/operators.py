@@ -110,7 +110,7 @@ class _Operator:
         return certify_product(
             lambda v: flat(multiply(self.as_weights(v))),
             gradient,
-            self._flat(w).astype("float64"),
+            np.concatenate([np.ravel(ops.convert_to_numpy(t)) for t in w]),
             self.variables,
             surface.model,
             self._step,
