@@ -296,10 +296,15 @@ class LossSurface:
             return engine.sum_over_processes(part)
         return engine.mean_over_processes(part, weight)
 
-    def batches(self):
-        """The data, in triples `(x, y, sample_weight)` of tensors."""
+    def batches(self, change=lambda arrays: arrays):
+        """The data, in triples `(x, y, sample_weight)` of tensors.
+
+        Args:
+            change: function applied to each triple of arrays before. Defaults
+                to nothing.
+        """
         for batch in self._data.get_numpy_iterator():
-            yield engine.as_tensors(keras.utils.unpack_x_y_sample_weight(batch))
+            yield engine.as_tensors(change(keras.utils.unpack_x_y_sample_weight(batch)))
 
     @property
     def num_examples(self):

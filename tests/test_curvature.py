@@ -1,6 +1,7 @@
 """Products with the Hessian, and what is made of them, against dense matrices in float64."""
 
 import functools
+import warnings
 
 import keras
 import numpy as np
@@ -92,6 +93,104 @@ def test_residuals_bound_the_errors_and_are_as_small_as_asked_for(tol, which):
         np.testing.assert_allclose(
             np.linalg.norm(left, axis=0), found.residuals, rtol=1e-6, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("largest", [1e2, 1e3, 1e5])
+@pytest.mark.parametrize("tol", [1e-2, 1e-3])
+def test_beside_an_outlier_each_value_is_right_relative_to_itself(largest, tol):
+    values = np.r_[largest, np.linspace(1, 0.05, 100) ** 2]
+    matrix = with_eigenvalues(np.r_[values, -values[:5] / 3])
+    for which in ("LA", "SA", "LM", "BE"):
+        found = curvature.eigenvalues(matrix, k=5, which=which, tol=tol, max_products=106)
+        expected = extreme(matrix.eigenvalues, 5, which)
+        np.testing.assert_allclose(found.values, expected, rtol=tol)
+        assert np.all(found.residuals <= tol * np.abs(found.values))
+        assert found.converged
+        assert found.limits == ("tol",) * 5
+    ratio = curvature.sharpness_ratio(matrix, tol=tol)
+    np.testing.assert_allclose(ratio, largest / matrix.eigenvalues[-5], rtol=tol)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_small_residual_alone_does_not_end_the_search(k):
+    """In the middle of many eigenvalues there is always one within a small distance."""
+    values = np.random.default_rng(0).uniform(0, 1, 300) ** 0.5
+    for seed in range(5):
+        found = curvature.eigenvalues(with_eigenvalues(values), k=k, seed=seed)
+        np.testing.assert_allclose(found.values, np.sort(values)[::-1][:k], rtol=1e-2)
+
+
+class Float32(Matrix):
+    """A matrix whose products are rounded to float32."""
+
+    dtype = np.dtype("float32")
+
+    def matvec(self, v):
+        self.products += 1
+        return (self.matrix.astype("float32") @ v).astype("float32")
+
+
+def test_what_rounding_hides_is_told_and_ends_the_search():
+    values = np.r_[1e4, 5e3, np.linspace(0.1, 0, 198)]
+    matrix = Float32(with_eigenvalues(values).matrix)
+    with pytest.warns(UserWarning, match=r"Rounding of products in float32 hides.*float64"):
+        found = curvature.eigenvalues(matrix, k=3, tol=1e-2)
+    assert found.limits == ("tol", "tol", "rounding")
+    assert not found.converged
+    assert found.products < 20
+    assert abs(found.values[2] - 0.1) <= found.residuals[2]
+
+
+def test_a_tolerance_that_rounding_does_not_allow_does_not_use_up_the_products():
+    for tol in (0.0, 1e-12):
+        matrix = Float32(like_a_network().matrix)
+        with pytest.warns(UserWarning, match="Rounding"):
+            found = curvature.eigenvalues(matrix, k=3, tol=tol)
+        assert found.limits == ("tol", "tol", "rounding")  # The largest are as exact as can be.
+        assert found.products < 60
+        np.testing.assert_allclose(found.values, [53, 27.5, 20.6], rtol=1e-6)
+
+
+def test_products_in_half_precision_are_seen_in_the_residuals():
+    dense, rng = like_a_network().matrix, np.random.default_rng(0)
+
+    class Noisy(Matrix):
+        def matvec(self, v):
+            exact = super().matvec(v)
+            return exact + 1e-2 * np.linalg.norm(exact) * rng.normal(size=v.size) / v.size**0.5
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = curvature.eigenvalues(Noisy(dense), k=5, tol=1e-3)
+    true = np.linalg.eigvalsh(dense)[::-1][:5]
+    assert np.all(np.abs(found.values - true) <= found.residuals)
+    assert set(found.limits) == {"rounding"}
+    assert found.products < 50
+
+
+@pytest.mark.parametrize("matrix", [Matrix, Float32])
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_eigenvalues_of_zero_are_no_alarm_and_take_few_products(matrix, rank):
+    matrix = matrix(with_eigenvalues(np.r_[[9.0, 4, 1][:rank], np.zeros(300 - rank)]).matrix)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = curvature.eigenvalues(matrix, k=5)
+    np.testing.assert_allclose(
+        found.values, np.r_[[9.0, 4, 1, 0, 0, 0][:rank], [0] * 5][:5], atol=1e-4
+    )
+    if rank:  # Otherwise, all is exact.
+        assert found.limits == ("tol",) * rank + ("zero",) * (5 - rank)
+    assert found.converged
+    assert found.products <= 10
+    with pytest.raises(ValueError, match="not positive"):
+        curvature.sharpness_ratio(matrix)
+
+
+@pytest.mark.parametrize("values", [[5.0] * 300, [5.0] * 4 + [2.0] * 3 + [0.0] * 293])
+def test_many_equal_eigenvalues_are_all_found_and_end_the_search(values):
+    found = curvature.eigenvalues(with_eigenvalues(values), k=6)
+    np.testing.assert_allclose(found.values, values[:6], rtol=1e-9)
+    assert found.products <= 20
 
 
 def test_eigenvectors_are_orthonormal():
@@ -408,6 +507,13 @@ def test_in_float64_all_is_as_exact_as_the_dense_matrix(network, float64):
 
 
 # The Hessian of models, in float32
+
+
+@pytest.fixture(autouse=True)
+def _uncertified(monkeypatch):
+    """`test_certificate.py` is about that. It would take more time than the rest of this file."""
+    monkeypatch.setattr(curvature.HessianOperator, "_check_product", lambda *_: None)
+    monkeypatch.setattr(curvature.GaussNewtonOperator, "_check_product", lambda *_: None)
 
 
 @pytest.fixture(params=models.MODES)

@@ -11,11 +11,12 @@ class HessianProbe(Probe):
 
     Writes into the logs `hessian_lambda_1` to `hessian_lambda_k`;
     `hessian_ratio`, the first over the fifth (or over the last of fewer), NaN
-    if that is not positive; and, if asked for, `hessian_trace`. `EarlyStopping`,
-    `CSVLogger` and the like can use them, if listed after this callback. The
-    attribute `history` keeps them, and `plot` draws them. Works with any
-    compiled model, wrapped or not. Nothing that the callback does changes the
-    training.
+    if that is not positive, or zero within rounding; and, if asked for,
+    `hessian_trace`. `EarlyStopping`, `CSVLogger` and the like can use them, if
+    listed after this callback. The attribute `history` keeps them, and `plot`
+    draws them. Products are checked with each look: `history["certificate"]`
+    has a `keras_sharp.curvature.Certificate` for each. Works with any compiled
+    model, wrapped or not. Nothing that the callback does changes the training.
 
     Args:
         x: the inputs to measure on, a fixed sample of the training data: see
@@ -33,12 +34,14 @@ class HessianProbe(Probe):
             `False`.
         verbose: Integer. `0` is quiet, `1` prints the numbers. Defaults to
             `0`.
-        **kwargs: `batch_size` and `variables`, see `HessianOperator`.
+        **kwargs: `batch_size`, `variables` and `certify`, see
+            `HessianOperator`.
 
     Raises:
         ValueError: if an argument is not one of these; before the first
             epoch, if the data do not fit the model, if the loss on them is
-            not finite, or if there are fewer than `k` weights.
+            not finite, if a product is wrong, or if there are fewer than `k`
+            weights.
 
     Example:
 
@@ -90,6 +93,7 @@ class HessianProbe(Probe):
                 f"`k`, the number of eigenvalues, is larger than that of the weights. Received: "
                 f"k={self.k} and {self._hessian.size} weights."
             )
+        self.history["certificate"] = []
         if self.density:
             self.history["density"] = []
 
@@ -97,11 +101,13 @@ class HessianProbe(Probe):
         self._hessian.refresh()
 
     def measure(self):
-        values = curvature.eigenvalues(self._hessian, k=self.k, verbose=0).values
-        numbers = [float(value) for value in values]
+        found = curvature.eigenvalues(self._hessian, k=self.k, verbose=0)
+        self.history["certificate"].append(found.certificate)
+        numbers = [float(value) for value in found.values]
         if self.k > 1:
-            low = numbers[min(self.k, 5) - 1]
-            numbers.append(numbers[0] / low if low > 0 else math.nan)
+            i = min(self.k, 5) - 1
+            says_something = numbers[i] > 0 and found.limits[i] != "zero"
+            numbers.append(numbers[0] / numbers[i] if says_something else math.nan)
         if self.trace:
             numbers.append(curvature.trace(self._hessian, verbose=0).value)
         if self.density:

@@ -4,23 +4,32 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_sharp.curvature.certificate import Certificate
 from keras_sharp.curvature.lanczos import Lanczos
 from keras_sharp.curvature.products import Products, check_count
 
 
-class SpectralDensity(NamedTuple):
+class _SpectralDensity(NamedTuple):
+    nodes: np.ndarray
+    weights: np.ndarray
+    products: int
+
+
+class SpectralDensity(_SpectralDensity):
     """The distribution of the eigenvalues, as masses at points.
+
+    A tuple of the first three attributes. The last one is no part of it.
 
     Attributes:
         nodes: array, the points, ascending.
         weights: array, the share of the eigenvalues that each stands for. The
             sum is 1.
         products: Integer, how many products it took.
+        certificate: the `Certificate` of the products, or `None` if they have
+            none.
     """
 
-    nodes: np.ndarray
-    weights: np.ndarray
-    products: int
+    certificate: Certificate | None = None
 
     def grid(self, sigma=None, points=1000):
         """Points at which to plot the density, a little wider than the spectrum."""
@@ -127,6 +136,8 @@ def spectral_density(
             nodes.append(values)
             weights.append(s[0] ** 2 / starts.shape[1])
     order = np.argsort(np.concatenate(nodes))
-    return SpectralDensity(
-        np.concatenate(nodes)[order], np.concatenate(weights)[order], operator.count
+    return operator.certified(
+        SpectralDensity(
+            np.concatenate(nodes)[order], np.concatenate(weights)[order], operator.count
+        )
     )

@@ -5,38 +5,65 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_sharp.curvature.certificate import Certificate
 from keras_sharp.curvature.lanczos import Lanczos
 from keras_sharp.curvature.products import Products, check_count
 
-#: Which of the ascending values are meant, by the name in SciPy's `eigsh`.
-WHICH = {
-    "LA": lambda values, k: np.arange(len(values))[-k:],
-    "SA": lambda values, k: np.arange(len(values))[:k],
-    "LM": lambda values, k: np.sort(np.argsort(-np.abs(values))[:k]),
-    "BE": lambda values, k: np.r_[: k // 2, len(values) - (k - k // 2) : len(values)],
-}
+#: The names of the ends of the spectrum, as in SciPy's `eigsh`.
+WHICH = ["LA", "SA", "LM", "BE"]
 
 
-class Eigenvalues(NamedTuple):
-    """Some eigenvalues of a symmetric matrix.
+def _ascending(values, k, which):
+    """The indices of the `k` values that are meant, by the name in SciPy's `eigsh`, ascending."""
+    order = np.argsort(values, kind="stable")
+    if which == "LA":
+        return order[-k:]
+    if which == "SA":
+        return order[:k]
+    if which == "BE":
+        return np.r_[order[: k // 2], order[len(order) - (k - k // 2) :]]
+    largest = np.argsort(-np.abs(values), kind="stable")[:k]
+    return largest[np.argsort(values[largest], kind="stable")]
 
-    Attributes:
-        values: array of shape `(k,)`, descending.
-        residuals: array of shape `(k,)`: within this distance of each value
-            there is an eigenvalue of the matrix. For an eigenvalue that lies
-            by itself, at a distance `gap` from the next one, the error is far
-            smaller: at most `residual**2 / gap`.
-        vectors: array of shape `(size, k)` with the eigenvectors as columns,
-            or `None` if they were not asked for.
-        products: Integer, how many products it took.
-        converged: Boolean, whether all residuals are as small as asked for.
-    """
 
+class _Eigenvalues(NamedTuple):
     values: np.ndarray
     residuals: np.ndarray
     vectors: np.ndarray | None
     products: int
     converged: bool
+
+
+class Eigenvalues(_Eigenvalues):
+    """Some eigenvalues of a symmetric matrix.
+
+    A tuple of the first five attributes. The others are no part of it.
+
+    Attributes:
+        values: array of shape `(k,)`, descending.
+        residuals: array of shape `(k,)`: within this distance of each value
+            there is an eigenvalue of the matrix, what rounding does to the
+            products included, as far as it is seen. For an eigenvalue that
+            lies by itself, at a distance `gap` from the next one, the error is
+            far smaller: at most `residual**2 / gap`.
+        vectors: array of shape `(size, k)` with the eigenvectors as columns,
+            or `None` if they were not asked for.
+        products: Integer, how many products it took.
+        converged: Boolean, whether each value is as accurate as asked for,
+            relative to itself, or zero within rounding: all of `limits` are
+            `"tol"` or `"zero"`.
+        limits: tuple of `k` strings, what the residual of each value is
+            limited by. `"tol"`: it is at most `tol * |value|`. `"zero"`: it is
+            more, but all of it is rounding, and so is the value: nothing is
+            known but that it is zero or of that size. `"rounding"`: it is
+            more, all of it is rounding, and the value is not zero. Or
+            `"products"`: there were not enough products.
+        certificate: the `Certificate` of the products, or `None` if they have
+            none.
+    """
+
+    limits: tuple = ()
+    certificate: Certificate | None = None
 
 
 def eigenvalues(
@@ -56,10 +83,12 @@ def eigenvalues(
 ):
     """The largest or smallest eigenvalues of the Hessian, by the Lanczos process.
 
-    It stops when all residuals `‖H v - value * v‖` are below `tol * |value|`.
-    An eigenvalue that occurs several times may be found fewer times, as by
-    any method of this kind, but not if `max_products` is as large as the
-    matrix. Needs memory for `size` numbers per product.
+    It stops when all residuals `‖H v - value * v‖` are below `tol * |value|`,
+    or down to rounding, if two more products have not changed the values by
+    more than that and no other value can still become one of those wanted. An
+    eigenvalue that occurs several times, or several that are within `tol` of
+    each other, may be found fewer times, as by any method of this kind. Needs
+    memory for `size` numbers per product.
 
     Args:
         model: a compiled and built `keras.Model`, wrapped or not. Or an
@@ -72,9 +101,9 @@ def eigenvalues(
         which: `"LA"`, the largest; `"SA"`, the smallest, which may be
             negative; `"LM"`, the largest in absolute value; or `"BE"`, half
             of them from each end. Defaults to `"LA"`.
-        tol: Float >= 0, the residual to stop at, relative to the eigenvalue, or
-            to a hundredth of the largest one where that is more. Defaults to
-            `1e-2`; the errors are then usually below `1e-3`.
+        tol: Float >= 0, the residual to stop at, relative to the eigenvalue
+            itself; at least what the dtype can hold, `2e-6` in float32.
+            Defaults to `1e-2`; the errors are then usually below `1e-3`.
         max_products: Integer >= k, when to stop at the latest. Defaults to
             `None`: ten per eigenvalue, and at least 100.
         seed: Integer, the seed of the random vector to start from. Defaults
@@ -83,10 +112,12 @@ def eigenvalues(
             Defaults to `False`.
         verbose: 0, 1 or `"auto"`: whether progress is shown: never, always,
             or when it takes longer than five seconds. Defaults to `"auto"`.
-        **kwargs: `batch_size` and `variables`, see `HessianOperator`.
+        **kwargs: `batch_size`, `variables` and `certify`, see
+            `HessianOperator`.
 
     Returns:
-        `Eigenvalues`. A warning says so if `max_products` came first.
+        `Eigenvalues`. A warning says so if `max_products` came first, or if
+        rounding hides what was asked for.
 
     Raises:
         ValueError: as `HessianOperator`, or if an argument is not one of
@@ -105,7 +136,7 @@ def eigenvalues(
     """
     check_count("k", k, at_least=1)
     if which not in WHICH:
-        raise ValueError(f"`which` must be one of {list(WHICH)}. Received: which={which!r}")
+        raise ValueError(f"`which` must be one of {WHICH}. Received: which={which!r}")
     if not tol >= 0:
         raise ValueError(f"`tol` must be a number >= 0. Received: tol={tol!r}")
     if max_products is None:
@@ -120,35 +151,86 @@ def eigenvalues(
         rng = np.random.default_rng(seed)
         room = min(max_products, operator.size)
         lanczos = Lanczos(operator, rng.standard_normal(operator.size), rng, room)
-        degenerate = False
+        tol = max(tol, 20 * float(np.finfo(operator.dtype).eps))
+        history: list[np.ndarray] = []
         while True:
             lanczos.step()
             full = lanczos.steps == room
-            # On an invariant subspace all residuals are zero, and say nothing of what is outside:
-            # the same eigenvalues once more, or larger ones. Such matrices are small, or rare.
-            degenerate = degenerate or lanczos.broke_down
-            if not full and (degenerate or lanczos.steps < k):
+            if lanczos.steps < k:
                 continue
             values, residuals, s = lanczos.ritz()
-            chosen = WHICH[which](values, k)[::-1]
-            # Of an eigenvalue near zero no relative accuracy can be had.
-            floor = 0.01 * np.max(np.abs(values))
-            small = residuals[chosen] <= tol * np.maximum(np.abs(values[chosen]), floor)
-            if full or np.all(small):
+            chosen = _ascending(values, k, which)[::-1]
+            history.append(values[chosen])
+            if full or _is_settled(lanczos, values, residuals, history, tol, which):
                 break
-    converged = bool(np.all(small)) or lanczos.steps == operator.size
-    if not converged:
+    limits = _limits(values[chosen], residuals[chosen], lanczos.rounding, tol)
+    _warn(values[chosen], residuals[chosen], limits, operator.dtype, max_products)
+    vectors = lanczos.vectors(s[:, chosen]) if return_vectors else None
+    result = Eigenvalues(
+        values[chosen],
+        residuals[chosen],
+        vectors,
+        operator.count,
+        all(limit in ("tol", "zero") for limit in limits),
+    )
+    result.limits = limits
+    return operator.certified(result)
+
+
+def _is_settled(lanczos, values, residuals, history, tol, which):
+    """Whether more products would change nothing of what is wanted, as far as can be told."""
+    k, wanted = len(history[-1]), history[-1]
+    slack = np.maximum(tol * np.abs(values), 2 * lanczos.rounding)
+    chosen = _ascending(values, k, which)[::-1]
+    if np.any(residuals[chosen] > slack[chosen]):
+        return False
+    # A residual may be small because the value passes an eigenvalue on its way to another one.
+    if len(history) < 3 or np.any(np.abs(wanted - history[-3]) > slack[chosen]):
+        return False
+    # Nor must one that is on its way be able to overtake those.
+    reach = np.where(residuals > slack, residuals, 0.0)
+    reach[chosen] = 0.0
+    for moved in (values + reach, values - reach):
+        if set(_ascending(moved, k, which)) != set(chosen):
+            return False
+    if not lanczos.restarted:
+        return True
+    # On an invariant subspace all residuals are zero, and say nothing of what is outside: the same
+    # eigenvalues once more, or others. The block from outside must have nothing that is wanted.
+    more = np.concatenate([values, lanczos.last_block()])
+    again = more[_ascending(more, k, which)[::-1]]
+    return bool(np.all(np.abs(again - wanted) <= slack[chosen]))
+
+
+def _limits(values, residuals, rounding, tol):
+    """What limits the accuracy of each value: see `Eigenvalues`."""
+    size = np.abs(values)
+    cases = [residuals <= tol * size, residuals > 2 * rounding, size <= residuals]
+    return tuple(map(str, np.select(cases, ["tol", "products", "zero"], "rounding")))
+
+
+def _warn(values, residuals, limits, dtype, max_products):
+    """Say which values are not as accurate as asked for, and what to do."""
+    if "products" in limits:
+        count = sum(limit != "products" for limit in limits)
         warnings.warn(
-            f"{np.sum(small)} of {k} eigenvalues are as accurate as asked for, and the "
+            f"{count} of {len(limits)} eigenvalues are as accurate as asked for, and the "
             f"{max_products} products of `max_products` are used up. Look at the residuals; raise "
             "`max_products` or `tol`.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    vectors = lanczos.vectors(s[:, chosen]) if return_vectors else None
-    return Eigenvalues(values[chosen], residuals[chosen], vectors, operator.count, converged)
+    if "rounding" in limits:
+        pairs = zip(values, residuals, limits, strict=True)
+        lost = ", ".join(f"{v:.3g} +- {r:.1g}" for v, r, limit in pairs if limit == "rounding")
+        warnings.warn(
+            f"Rounding of products in {dtype} hides more of the eigenvalues {lost} than `tol` "
+            "allows: they are too small beside the largest one. More products would not help. "
+            "Compute in float64 if the backend can (TensorFlow), raise `tol`, or ask for fewer.",
+            stacklevel=3,
+        )
 
 
-def sharpness_ratio(model, x=None, y=None, sample_weight=None, *, k=5, **kwargs):
+def sharpness_ratio(model, x=None, y=None, sample_weight=None, *, k=5, tol=1e-2, **kwargs):
     """The largest eigenvalue of the Hessian over the fifth largest.
 
     A published measure of sharpness, which does not change with the scale of
@@ -161,23 +243,28 @@ def sharpness_ratio(model, x=None, y=None, sample_weight=None, *, k=5, **kwargs)
         y: see `eigenvalues`.
         sample_weight: see `eigenvalues`.
         k: Integer >= 2, the eigenvalue to compare with. Defaults to `5`.
-        **kwargs: `tol`, `max_products`, `seed` and `verbose`, see
-            `eigenvalues`; `batch_size` and `variables`, see `HessianOperator`.
+        tol: Float >= 0, the sum of the residuals of the two eigenvalues to
+            stop at, each relative to its own. Defaults to `1e-2`.
+        **kwargs: `max_products`, `seed` and `verbose`, see `eigenvalues`;
+            `batch_size`, `variables` and `certify`, see `HessianOperator`.
 
     Returns:
-        Float.
+        Float. The same warnings as of `eigenvalues`.
 
     Raises:
-        ValueError: see `eigenvalues`; and if that eigenvalue is not positive.
+        ValueError: see `eigenvalues`; and if that eigenvalue is not positive,
+            or zero within rounding.
 
     Reference:
         - [Jastrzebski et al., 2020](https://arxiv.org/abs/2002.09572)
     """
     check_count("k", k, at_least=2)
-    values = eigenvalues(model, x, y, sample_weight, k=k, **kwargs).values
-    if values[-1] <= 0:
+    found = eigenvalues(model, x, y, sample_weight, k=k, tol=tol / 2, **kwargs)
+    values, last = found.values, found.limits[-1]
+    if values[-1] <= 0 or last == "zero":
+        zero = ", or zero within rounding" if last == "zero" else ""
         raise ValueError(
             f"The ratio of the largest eigenvalue and eigenvalue {k} says nothing: that one is not "
-            f"positive. Received: a Hessian with the eigenvalues {values}. Use a smaller `k`."
+            f"positive{zero}. Received: a Hessian with the eigenvalues {values}. Use a smaller `k`."
         )
     return float(values[0] / values[-1])

@@ -4,21 +4,30 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_sharp.curvature.certificate import Certificate
 from keras_sharp.curvature.products import Products, check_count
 
 
-class Estimate(NamedTuple):
+class _Estimate(NamedTuple):
+    value: float
+    standard_error: float
+    products: int
+
+
+class Estimate(_Estimate):
     """A number that was estimated from random vectors.
+
+    A tuple of the first three attributes. The last one is no part of it.
 
     Attributes:
         value: Float, the mean over the vectors.
         standard_error: Float, the standard deviation of that mean.
         products: Integer, how many products it took.
+        certificate: the `Certificate` of the products, or `None` if they have
+            none.
     """
 
-    value: float
-    standard_error: float
-    products: int
+    certificate: Certificate | None = None
 
 
 def trace(
@@ -54,7 +63,8 @@ def trace(
         seed: Integer, the seed of the random vectors. Defaults to `0`.
         verbose: 0, 1 or `"auto"`: whether progress is shown: never, always,
             or when it takes longer than five seconds. Defaults to `"auto"`.
-        **kwargs: `batch_size` and `variables`, see `HessianOperator`.
+        **kwargs: `batch_size`, `variables` and `certify`, see
+            `HessianOperator`.
 
     Returns:
         An `Estimate`.
@@ -83,7 +93,7 @@ def trace(
             v = _signs(rng, operator)
             samples.append(_dot(v, operator.matvec(v)))
     mean, standard_error = _mean(samples)
-    return Estimate(mean, standard_error, operator.count)
+    return operator.certified(Estimate(mean, standard_error, operator.count))
 
 
 def hutch_plus_plus(
@@ -144,7 +154,7 @@ def hutch_plus_plus(
             g = g - q @ (q.T @ g)
             samples.append(_dot(g, operator.matvec(g)))
     rest, standard_error = _mean(samples)
-    return Estimate(exact + rest, standard_error, operator.count)
+    return operator.certified(Estimate(exact + rest, standard_error, operator.count))
 
 
 def frobenius_norm(
@@ -188,7 +198,8 @@ def frobenius_norm(
     squared, error = _mean([_dot(p, p) for p in products])
     norm = float(np.sqrt(squared))
     # The derivative of the root hands the error on.
-    return Estimate(norm, error / (2 * norm) if norm else 0.0, operator.count)
+    standard_error = error / (2 * norm) if norm else 0.0
+    return operator.certified(Estimate(norm, standard_error, operator.count))
 
 
 def _signs(rng, operator):

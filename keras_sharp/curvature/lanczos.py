@@ -33,7 +33,7 @@ class Lanczos:
         self._basis = np.empty((max_steps, operator.size), dtype)
         self._alphas: list[float] = []
         self._betas: list[float] = []
-        self._dropped = 0.0
+        self._dropped = self._noise = 0.0
         self._basis[0] = start / np.linalg.norm(start)
 
     @property
@@ -46,6 +46,24 @@ class Lanczos:
         """Whether the vectors so far span an invariant subspace."""
         return self._betas[-1] == 0.0
 
+    @property
+    def restarted(self):
+        """Whether it has broken down and gone on, or has just broken down."""
+        return 0.0 in self._betas
+
+    @property
+    def rounding(self):
+        """Float, the part of all residuals that rounding makes, and no more products take away."""
+        return self._rounding() + self._dropped + self._noise
+
+    def last_block(self):
+        """The eigenvalues of the block of `T` since the last breakdown but this one.
+
+        All of them if there was none.
+        """
+        start = max((i + 1 for i, beta in enumerate(self._betas[:-1]) if beta == 0.0), default=0)
+        return np.linalg.eigvalsh(self._tridiagonal(start))
+
     def step(self):
         """Take one more product."""
         j = self.steps
@@ -57,7 +75,10 @@ class Lanczos:
                 "the weights, such as a square root at zero."
             )
         self._alphas.append(float(q[j] @ r))
-        r, beta = self._perpendicular(r, q)
+        r, beta, parts = self._perpendicular(r, q)
+        # On paper these are zero, since the matrix is symmetric: what rounding makes of them is
+        # left out of `T`. Where the products are in half precision, it is far more than below.
+        self._noise = max(self._noise, float(np.linalg.norm(parts[: max(j - 1, 0)])))
         if j + 1 == self._operator.size or beta <= 10 * self._rounding():
             # What rounding has left is no direction.
             self._dropped, beta = max(self._dropped, beta), 0.0
@@ -65,7 +86,7 @@ class Lanczos:
         if j + 1 < len(self._basis):
             if beta == 0.0:
                 r = self._rng.standard_normal(r.size).astype(r.dtype)
-                r, _ = self._perpendicular(r, q)
+                r, _, _ = self._perpendicular(r, q)
             self._basis[j + 1] = r / np.linalg.norm(r)
 
     def ritz(self):
@@ -77,20 +98,24 @@ class Lanczos:
             eigenvalue of `A`; and the matrix whose columns are the
             eigenvectors of `T`.
         """
-        off = np.diag(self._betas[:-1], 1)
-        values, s = np.linalg.eigh(np.diag(self._alphas) + off + off.T)
-        lost = self._rounding() + self._dropped
-        return values, self._betas[-1] * np.abs(s[-1]) + lost, s
+        values, s = np.linalg.eigh(self._tridiagonal())
+        return values, self._betas[-1] * np.abs(s[-1]) + self.rounding, s
+
+    def _tridiagonal(self, start=0):
+        """The matrix `T` from some row on."""
+        off = np.diag(self._betas[start:-1], 1)
+        return np.diag(self._alphas[start:]) + off + off.T
 
     def vectors(self, s):
         """The vectors of the large space with the coordinates `s`, as columns."""
         return (s.T.astype(self._basis.dtype) @ self._basis[: self.steps]).T
 
     def _perpendicular(self, r, q):
-        """`r` without its part in the span of the rows of `q`, and the norm of what is left."""
-        for _ in range(2):  # The second time takes what rounding left the first time.
-            r = r - (q @ r) @ q
-        return r, float(np.linalg.norm(r))
+        """`r` without its parts along the rows of `q`, the norm of what is left, and the parts."""
+        parts = q @ r
+        r = r - parts @ q
+        r = r - (q @ r) @ q  # Takes what rounding left the first time.
+        return r, float(np.linalg.norm(r)), parts
 
     def _rounding(self):
         """About how much is lost in a product: the precision times the size of the matrix."""

@@ -1,19 +1,37 @@
 """Matrices of second derivatives of the loss, seen through their products with vectors."""
 
+import functools
 import itertools
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_sharp import engine
+from keras_sharp import engine, vectors
+from keras_sharp.curvature.certificate import certify as certify_product
+from keras_sharp.curvature.certificate import few_examples
 from keras_sharp.surface import LossSurface
 
 
 class _Operator:
     """What the two operators have in common: all but the matrix."""
 
-    def __init__(self, model, x, y=None, sample_weight=None, *, batch_size=512, variables=None):
+    #: The step of the differences of gradients, see `certify`.
+    _step: float
+
+    def __init__(
+        self,
+        model,
+        x,
+        y=None,
+        sample_weight=None,
+        *,
+        batch_size=512,
+        variables=None,
+        certify=True,
+    ):
+        if not isinstance(certify, bool):
+            raise ValueError(f"`certify` must be True or False. Received: certify={certify!r}")
         self._surface = LossSurface(
             model, x, y, sample_weight, batch_size=batch_size, variables=variables
         )
@@ -21,6 +39,9 @@ class _Operator:
         self.variables = self._surface.variables
         #: How many products have been taken so far.
         self.products = 0
+        #: The `Certificate` of the last `refresh`; `None` with `certify=False`.
+        self.certificate = None
+        self._certify = certify
         shapes = [tuple(v.shape) for v in self.variables]
         sizes = [int(np.prod(shape)) for shape in shapes]
         self._shapes, self._ends = shapes, list(itertools.accumulate(sizes))
@@ -31,13 +52,17 @@ class _Operator:
         #: The dtype of the vectors.
         self.dtype = np.dtype("float64" if "float64" in names else "float32")
 
-        matrix, fns = self._matrix()
+        matrix, fns, gradient = self._matrix()
         self._linearized = engine.linearized(matrix, *fns)
         self._anew = self._surface.compiled(lambda w, v, *args: matrix(*fns, w, *args)(v))
+        self._gradient = self._surface.compiled(gradient)
         self.refresh()
 
     def _matrix(self):
-        """The function of the engine that makes the product, and the functions that it takes."""
+        """What makes the product: a function of the engine, those that it takes; and a gradient.
+
+        The product is the derivative of `gradient(u, w, state, batch)` by `u`, at `u = w`.
+        """
         raise NotImplementedError
 
     def refresh(self):
@@ -45,15 +70,51 @@ class _Operator:
 
         Raises:
             ValueError: if the loss is not finite, or not deterministic; if the
-                data do not fit the model.
+                data do not fit the model; if a product is wrong.
         """
         self._surface.check()
         self._weights, self._state = self._surface.weights, self._surface.state
         self._product = None  # Frees the memory of the last one.
-        if self._surface.num_batches == 1 and not self._surface.model.run_eagerly:
+        once = self._surface.num_batches == 1 and not self._surface.model.run_eagerly
+        if self._certify:
+            self.certificate = self._check_product(once)
+        if once:
             (batch,) = self._surface.batches()
             self._weight = self._surface.batch_weight(batch)
             self._product = self._linearized(self._weights, self._state, batch)
+
+    def _check_product(self, once):
+        """The `Certificate` of the product at the weights of now.
+
+        With each refresh, since weights may hide a mistake: nothing is seen of what comes before
+        a layer whose weights are zero, as some are when training begins.
+        """
+        surface, w, state = self._surface, self._weights, self._state
+        batch = next(iter(surface.batches(few_examples)))
+        if once:
+            multiply = self._linearized(w, state, batch)
+        else:
+            multiply = functools.partial(self._multiply_anew, batch)
+
+        def flat(tensors):
+            present = [
+                ops.zeros_like(b) if a is None else a for a, b in zip(tensors, w, strict=True)
+            ]
+            # All processes must come to the same verdict.
+            return self._flat(surface.over_processes(present, 1.0)).astype("float64")
+
+        def gradient(v):
+            u = vectors.add_scaled(w, 1.0, self.as_weights(v))
+            return flat(self._gradient(u, w, state, batch))
+
+        return certify_product(
+            lambda v: flat(multiply(self.as_weights(v))),
+            gradient,
+            np.concatenate([np.ravel(ops.convert_to_numpy(t)) for t in w]),
+            self.variables,
+            surface.model,
+            self._step,
+        )
 
     def matvec(self, v):
         """The product with one vector.
@@ -75,10 +136,16 @@ class _Operator:
         if self._product is not None:
             product = self._surface.over_processes(list(self._product(v)), self._weight)
         else:
-            product = self._surface.over_batches(
-                lambda batch: list(self._anew(self._weights, v, self._state, batch))
-            )
-        arrays = [np.ravel(ops.convert_to_numpy(t)) for t in product]
+            product = self._surface.over_batches(lambda batch: self._multiply_anew(batch, v))
+        return self._flat(product)
+
+    def _multiply_anew(self, batch, v):
+        """The product with a list of tensors, for one batch, with a forward pass of its own."""
+        return list(self._anew(self._weights, v, self._state, batch))
+
+    def _flat(self, tensors):
+        """A list of tensors, one per variable, as a vector."""
+        arrays = [np.ravel(ops.convert_to_numpy(t)) for t in tensors]
         return np.concatenate(arrays).astype(self.dtype, copy=False)
 
     def __matmul__(self, other):
@@ -125,6 +192,11 @@ class HessianOperator(_Operator):
     On several devices, the data are those of all of them, with one message per
     product: see `docs/scaling.md`.
 
+    With each `refresh`, and when it is made, the operator compares products
+    with differences of gradients, see `Certificate`: the derivative of a
+    custom gradient, or an operation of the backend, may be wrong without an
+    error. It takes two or three gradients and two products, of one batch.
+
     Vectors are flat NumPy arrays. SciPy's solvers take the operator as well,
     through `scipy.sparse.linalg.aslinearoperator`.
 
@@ -141,12 +213,14 @@ class HessianOperator(_Operator):
         variables: list of trainable variables, the block of the Hessian to
             take, such as `model.layers[0].trainable_variables`. Defaults to
             `None`, all of them.
+        certify: Boolean, whether `refresh` compares a product with a
+            difference of gradients. Defaults to `True`.
 
     Raises:
         ValueError: if the model is not compiled or not built, or has no
             trainable weights; if there are no data, or if they do not fit the
             model; if the loss is not finite, not deterministic, or depends on
-            how the data are split into batches.
+            how the data are split into batches; if a product is wrong.
 
     Example:
 
@@ -161,11 +235,17 @@ class HessianOperator(_Operator):
         - [Pearlmutter, 1994](https://doi.org/10.1162/neco.1994.6.1.147)
     """
 
+    _step = 4.0  # The smaller, the fewer kinks.
+
     def _matrix(self):
         def loss(w, state, batch):
             return self._surface.batch_loss(w, state, batch)[0]
 
-        return engine.hessian, [loss]
+        def gradient(u, w, state, batch):
+            del w
+            return engine.value_and_gradient(lambda t: (loss(t, state, batch), None), u)[1]
+
+        return engine.hessian, [loss], gradient
 
 
 class GaussNewtonOperator(_Operator):
@@ -190,6 +270,7 @@ class GaussNewtonOperator(_Operator):
         sample_weight: see `HessianOperator`.
         batch_size: see `HessianOperator`.
         variables: see `HessianOperator`.
+        certify: see `HessianOperator`.
 
     Raises:
         ValueError: as `HessianOperator`, and if the loss depends on more than
@@ -199,6 +280,8 @@ class GaussNewtonOperator(_Operator):
         - [Schraudolph, 2002](https://doi.org/10.1162/08997660260028683)
         - [Martens, 2020](https://arxiv.org/abs/1412.1193)
     """
+
+    _step = 8.0  # Kinks do less harm.
 
     def _matrix(self):
         model, surface = self._surface.model, self._surface
@@ -231,4 +314,15 @@ class GaussNewtonOperator(_Operator):
             with engine.stateless_scope([]):  # Leaves the metrics of several losses alone.
                 return model.compute_loss(y=y, y_pred=y_pred, sample_weight=sample_weight)
 
-        return engine.gauss_newton, [outputs, loss]
+        def gradient(u, w, state, batch):
+            # J' ∇loss with J at w and the outputs at u: its derivative by u is J' H J. Nothing but
+            # first derivatives, and no jumps: the outputs are continuous, unlike their J.
+            z = outputs(u, state, batch)
+            (_, pulled) = engine.value_and_gradient(lambda t: (loss(t, state, batch), None), z)
+
+            def value(t):
+                return vectors.dot(outputs(t, state, batch), pulled), None
+
+            return engine.value_and_gradient(value, w)[1]
+
+        return engine.gauss_newton, [outputs, loss], gradient

@@ -54,6 +54,11 @@ class Products:
             self._bar.update(self.count, finalize=False)
         return result
 
+    def certified(self, result):
+        """A result, with the certificate of the operator as its attribute `certificate`."""
+        result.certificate = getattr(self._operator, "certificate", None)
+        return result
+
     def __enter__(self):
         return self
 

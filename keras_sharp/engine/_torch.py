@@ -66,7 +66,10 @@ def gauss_newton(outputs, loss, w, *args):
         z = outputs(w, *args)
         # J' u is linear in u: its derivative by u, transposed, is J.
         u = [torch.zeros_like(t).requires_grad_() for t in z]
-        pulled = torch.autograd.grad(z, w, u, create_graph=True, allow_unused=True)
+        used = [i for i, t in enumerate(z) if t.requires_grad]
+        pulled = torch.autograd.grad(
+            [z[i] for i in used], w, [u[i] for i in used], create_graph=True, allow_unused=True
+        )
     forward, middle, backward = _backward(pulled, u), hessian(loss, z, *args), _backward(z, w)
     return lambda v: backward(middle(forward(v)))
 
