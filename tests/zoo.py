@@ -326,6 +326,7 @@ def _activations():
 
 ACTIVATIONS = dict(_activations())
 
+
 def network(case):
     inputs = keras.Input(case.shape)
     outputs = case.call(case.make(), case.front(inputs))

@@ -13,7 +13,7 @@ def ctc_loss(labels, logits, label_length, logit_length, blank):
     """The negative log-probability of each sequence of labels, over all its alignments.
 
     ```
-    α_t(s) = [α_{t-1}(s) + α_{t-1}(s-1) + α_{t-1}(s-2) if s may be reached from there] * p_t(s)
+    a_t(s) = [a_{t-1}(s) + a_{t-1}(s-1) + a_{t-1}(s-2) if s may be reached from there] * p_t(s)
     ```
 
     where `s` runs over the labels with a blank before, between and after them.

@@ -11,7 +11,7 @@ functions and operations were written to be differentiated once only (TensorFlow
 | `Softsign` | none | a formula |
 | `MaxPool` | in a graph with stride 1, the kernel overwrites what it reads | a selection |
 | `MaxPool` with XLA | compares the first 16 bits of each number only | the same |
-| `FakeQuant...`, a bare `ResizeBilinear` | zero: their gradients are taken for constants | refused |
+| `FakeQuant...`, bare `ResizeBilinear` | zero: their gradient is taken for a constant | refused |
 
 The functions are replaced `within` what is differentiated twice, in the thread that does it. For
 all other calls they are those of TensorFlow, with their kernels and their speed; but images of
@@ -30,7 +30,7 @@ import numpy as np
 import tensorflow as tf
 
 # There is no public way to exchange a gradient that is registered.
-from tensorflow.python.framework.ops import gradient_registry as _registry
+from tensorflow.python.framework.ops import gradient_registry as REGISTRY
 
 from keras_sharp.engine._ctc import ctc_loss
 
@@ -95,29 +95,34 @@ def _resize(
     return images
 
 
-def _replace(module, name, new, also_once=lambda *args, **kwargs: False):
-    """Let a function be another one `within` what is differentiated twice: the function it was."""
+#: What stands in for functions of TensorFlow.
+FORMULAS = {"moments": _moments, "ctc_loss": _ctc_loss, "resize": _resize}
+
+
+def _replace(module, name):
+    """Let a function be the formula `within` what is differentiated twice: the function it was."""
     old = getattr(module, name)
 
     @functools.wraps(old)
     def function(*args, **kwargs):
         order = _order.get()
-        chosen = new if order > 1 or (order and also_once(*args, **kwargs)) else old
-        return chosen(*args, **kwargs)
+        if order > 1 or (order == 1 and name == "resize" and _is_float64(*args, **kwargs)):
+            return FORMULAS[name](*args, **kwargs)
+        return old(*args, **kwargs)
 
     setattr(module, name, function)
     return old
 
 
 def _is_float64(images, *args, **kwargs):
-    return images.dtype == tf.float64
+    return tf.convert_to_tensor(images).dtype == tf.float64
 
 
 #: The functions of TensorFlow itself.
 FUNCTIONS = {
-    "moments": _replace(tf.nn, "moments", _moments),
-    "ctc_loss": _replace(tf.nn, "ctc_loss", _ctc_loss),
-    "resize": _replace(tf.image, "resize", _resize, _is_float64),
+    "moments": _replace(tf.nn, "moments"),
+    "ctc_loss": _replace(tf.nn, "ctc_loss"),
+    "resize": _replace(tf.image, "resize"),
 }
 
 
@@ -180,7 +185,7 @@ GRADIENTS = {
     "FakeQuantWithMinMaxVarsPerChannelGradient": _refused,
 }
 #: What TensorFlow itself has registered for them. `None` stands for a constant.
-REGISTERED = {name: _registry.lookup(name) for name in GRADIENTS if name in _registry.list()}
+REGISTERED = {name: REGISTRY.lookup(name) for name in GRADIENTS if name in REGISTRY.list()}
 for _name, _fn in GRADIENTS.items():
-    _registry._registry.pop(_name, None)
+    REGISTRY._registry.pop(_name, None)
     tf.RegisterGradient(_name)(_fn)
