@@ -6,6 +6,7 @@ import functools
 import keras
 import tensorflow as tf
 
+from keras_sharp.engine import _tensorflow_derivatives as derivatives
 from keras_sharp.engine._keras import (
     StrategyTrainer,
     build_symbolically,
@@ -26,7 +27,7 @@ def value_and_gradient(fn, weights, averages=False):
     """
 
     def run(weights):
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
+        with tf.GradientTape(watch_accessed_variables=False) as tape, derivatives.within():
             tape.watch(weights)
             value, aux = fn(weights)
         gradient = tape.gradient(value, weights)
@@ -42,7 +43,8 @@ def value_and_gradient(fn, weights, averages=False):
 
 def hessian(fn, w, *args):
     """The product `v -> H v` with the Hessian of the scalar `fn(w, *args)` at `w`."""
-    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+    tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
+    with tape, derivatives.within():
         tape.watch(w)
         _, gradient = value_and_gradient(lambda u: (fn(u, *args), None), w)
     return _backward(tape, gradient, w)
@@ -53,7 +55,8 @@ def gauss_newton(outputs, loss, w, *args):
 
     `J` is the derivative of `outputs`, a list, and `H` the Hessian of `loss`.
     """
-    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+    tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
+    with tape, derivatives.within():
         tape.watch(w)
         z = outputs(w, *args)
     backward = _backward(tape, z, w)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from keras_sharp.engine import _micro_batches
+from keras_sharp.engine._ctc import ctc_loss
 from keras_sharp.engine._keras import (
     adds_up_metrics,
     all_layers,
@@ -42,10 +43,37 @@ def _detach(t):
     return t.detach() if isinstance(t, torch.Tensor) else t
 
 
+@contextlib.contextmanager
 def _twice():
-    """Within, attention is computed such that it can be differentiated twice."""
-    # The faster kernels of PyTorch have one derivative only.
-    return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    """Within, all is computed such that it can be differentiated twice."""
+    # The faster kernels of attention have one derivative only, and so have some functions.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), _TwiceFunctions():
+        yield
+
+
+class _TwiceFunctions(torch.overrides.TorchFunctionMode):
+    """Exchanges the functions of PyTorch 2.13 that have one derivative only for formulas."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        formula = _FORMULAS.get(func)
+        result = None if formula is None else formula(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if result is None else result
+
+
+def _hardsigmoid(x, inplace=False):
+    return None if inplace else torch.nn.functional.relu6(x + 3) / 6
+
+
+def _ctc_loss(log_p, labels, steps, lengths, blank=0, reduction="mean", zero_infinity=False):
+    if reduction != "none" or zero_infinity or labels.ndim != 2:
+        return None  # Nothing of Keras; PyTorch says that it has no derivative.
+    return ctc_loss(labels, log_p.transpose(0, 1), lengths, steps, blank)
+
+
+_FORMULAS = {
+    torch.nn.functional.hardsigmoid: _hardsigmoid,
+    torch.nn.functional.ctc_loss: _ctc_loss,
+}
 
 
 def hessian(fn, w, *args):
