@@ -127,7 +127,8 @@ class Setting:
         if self.schedule is None:
             return engine.read(self.variable)
         if isinstance(self.schedule, ProportionalToLearningRate):
-            return ops.cast(self.schedule(*learning_rate(), read), self.variable.dtype)
+            now, highest = learning_rate()
+            return ops.cast(self.schedule(now, highest, read), self.variable.dtype)
         value = self._ask(step)
         # A step with NaN is skipped, counted and told of; one with a negative radius would descend.
         return value * ops.cast(ops.where(value >= self.minimum, 1.0, math.nan), value.dtype)

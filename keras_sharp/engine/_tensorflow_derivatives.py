@@ -25,6 +25,7 @@ receive another gradient of their gradient, which only second derivatives ask fo
 import contextlib
 import contextvars
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -96,7 +97,7 @@ def _resize(
 
 
 #: What stands in for functions of TensorFlow.
-FORMULAS = {"moments": _moments, "ctc_loss": _ctc_loss, "resize": _resize}
+FORMULAS: dict[str, Callable] = {"moments": _moments, "ctc_loss": _ctc_loss, "resize": _resize}
 
 
 def _replace(module, name):
