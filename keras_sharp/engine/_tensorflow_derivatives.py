@@ -96,7 +96,7 @@ def _resize(
 
 
 #: What stands in for functions of TensorFlow.
-FORMULAS = {"moments": _moments, "ctc_loss": _ctc_loss, "resize": _resize}
+FORMULAS: dict = {"moments": _moments, "ctc_loss": _ctc_loss, "resize": _resize}
 
 
 def _replace(module, name):
@@ -175,7 +175,7 @@ def _refused(op, *by):
 
 
 #: By the operation that computes a gradient.
-GRADIENTS = {
+GRADIENTS: dict = {
     "SoftsignGrad": _softsign,
     "MaxPoolGrad": _max_pool,
     "MaxPool3DGrad": _max_pool,

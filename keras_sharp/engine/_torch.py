@@ -65,7 +65,7 @@ def _ctc_loss(log_p, labels, steps, lengths, blank=0, reduction="mean", zero_inf
     return ctc_loss(labels, log_p.transpose(0, 1), lengths, steps, blank)
 
 
-_FORMULAS = {
+_FORMULAS: dict = {
     torch.nn.functional.hardsigmoid: _hardsigmoid,
     torch.nn.functional.ctc_loss: _ctc_loss,
 }
