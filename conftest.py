@@ -8,8 +8,8 @@ import keras_sharp
 
 # The engines of the other backends would import these, and fail where they
 # are not installed.
-collect_ignore = [
-    f"keras_sharp/engine/_{backend}.py"
+collect_ignore_glob = [
+    f"keras_sharp/engine/_{backend}*.py"
     for backend in ("tensorflow", "jax", "torch")
     if backend != keras.backend.backend()
 ]

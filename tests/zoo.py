@@ -139,14 +139,8 @@ def _recurrent():
             {"units": 3, "unroll": True},
             {"units": 3, "use_bias": False, "recurrent_dropout": 0.2, "dropout": 0.2, "seed": 1},
         )
-        of_cell = getattr(layers, f"{cell}Cell")
-        yield f"{cell}Cell", Case(lambda of_cell=of_cell: layers.RNN(of_cell(3)), WORDS)
     yield from _cases("GRU", WORDS, {"units": 3, "reset_after": False})
     yield "RNN", Case(lambda: layers.RNN([layers.LSTMCell(3), layers.GRUCell(2)]), WORDS)
-    yield (
-        "StackedRNNCells",
-        Case(lambda: layers.RNN(layers.StackedRNNCells([layers.GRUCell(3)] * 1)), WORDS),
-    )
     yield "Bidirectional", Case(lambda: layers.Bidirectional(layers.LSTM(2)), WORDS)
     yield "TimeDistributed", Case(lambda: layers.TimeDistributed(layers.Dense(2, "tanh")), WORDS)
     yield (
@@ -224,7 +218,6 @@ def _images():
     seeded = {"seed": 1}
     values = {**seeded, "value_range": (0, 1)}
     for name, kwargs in {
-        "AutoContrast": {"value_range": (0, 1)},
         "RandomBrightness": {**values, "factor": 0.1},
         "RandomColorDegeneration": {**values, "factor": 0.5},
         "RandomColorJitter": {**values, "brightness_factor": 0.1},
@@ -290,6 +283,10 @@ LEFT_OUT = {
         ],
         "moves pixels: TensorFlow's gradient of ImageProjectiveTransform is an approximation",
     ),
+    **dict.fromkeys(
+        ["GRUCell", "LSTMCell", "SimpleRNNCell", "StackedRNNCells"], "is run by the layers for it"
+    ),
+    "AutoContrast": "moves the extremes of each image onto the kinks of a clip",
     "RandomCrop": "reads the sizes of a batch: it does not take symbolic inputs",
 }
 
@@ -299,15 +296,19 @@ STOPS_GRADIENTS = {
     "SpectralNormalization": "takes the singular vectors for constants, and moves them",
 }
 
-#: On TensorFlow, what has kernels for float32 only.
-FLOAT32_ON_TENSORFLOW = (
-    "MaxPooling3D",
-    "AveragePooling3D",
-    "AdaptiveMaxPooling3D",
-    "AdaptiveAveragePooling3D",
-    "MelSpectrogram",
-    "CTC",
-)
+#: What is computed in float32 whatever comes in.
+FLOAT32 = {
+    "tensorflow": (
+        "MaxPooling3D",
+        "AveragePooling3D",
+        "AdaptiveMaxPooling3D",
+        "AdaptiveAveragePooling3D",
+        "MelSpectrogram",
+        "CTC",
+    ),
+    "jax": ("MultiHeadAttention", "GroupQueryAttention"),
+    "torch": (),
+}
 
 
 def _padded_glu(x):

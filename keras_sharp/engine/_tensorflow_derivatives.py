@@ -25,7 +25,6 @@ receive another gradient of their gradient, which only second derivatives ask fo
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -97,7 +96,7 @@ def _resize(
 
 
 #: What stands in for functions of TensorFlow.
-FORMULAS: dict[str, Callable] = {"moments": _moments, "ctc_loss": _ctc_loss, "resize": _resize}
+FORMULAS: dict = {"moments": _moments, "ctc_loss": _ctc_loss, "resize": _resize}
 
 
 def _replace(module, name):
@@ -176,7 +175,7 @@ def _refused(op, *by):
 
 
 #: By the operation that computes a gradient.
-GRADIENTS = {
+GRADIENTS: dict = {
     "SoftsignGrad": _softsign,
     "MaxPoolGrad": _max_pool,
     "MaxPool3DGrad": _max_pool,

@@ -1,7 +1,6 @@
 """The PyTorch engine: `torch.autograd.grad`, eager, `torch._foreach_*` on lists."""
 
 import contextlib
-from collections.abc import Callable
 
 import keras
 import optree
@@ -71,7 +70,7 @@ def _ctc_loss(log_p, labels, steps, lengths, blank=0, reduction="mean", zero_inf
     return ctc_loss(labels, log_p.transpose(0, 1), lengths, steps, blank)
 
 
-_FORMULAS: dict[Callable, Callable] = {
+_FORMULAS: dict = {
     torch.nn.functional.hardsigmoid: _hardsigmoid,
     torch.nn.functional.ctc_loss: _ctc_loss,
 }
