@@ -305,15 +305,15 @@ def test_it_takes_two_gradients_and_three_in_doubt(operator, build):
 # The evidence
 
 
-def evidence(product, noise=0.0):
-    """`certify` of a product with a matrix of 6 rows, by gradients in float32 with some noise."""
+def evidence(product, noise=0.0, move=1.0):
+    """`certify` of a product with a matrix of 7 rows, by gradients in float32 with some noise."""
     model = models.mlp(features=1, units=2)
     rng = np.random.default_rng(0)
     matrix = rng.normal(size=(7, 7))
     matrix += matrix.T
 
     def gradient(v):
-        return 0.01 + matrix @ v + noise * rng.normal(size=7)
+        return 0.01 + move * (matrix @ v) + noise * rng.normal(size=7)
 
     return certify(
         lambda v: product(matrix, v), gradient, np.ones(7), model.trainable_variables, model, 4.0
@@ -335,6 +335,10 @@ def test_strong_evidence_refuses_weak_evidence_warns_and_noise_is_none():
             assert not evidence(wrong, noise=noise * h).verified
             assert not evidence(np.matmul, noise=noise * h).verified
     assert evidence(np.matmul).verified
+
+
+def test_a_gradient_that_does_not_move_by_its_last_digit_is_no_evidence():
+    assert not evidence(lambda matrix, v: 1e-8 * matrix @ v, move=0.0).verified
 
 
 def test_nothing_is_verified_where_all_is_zero():

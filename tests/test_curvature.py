@@ -11,6 +11,7 @@ from keras import layers, ops
 import keras_sharp
 from keras_sharp import curvature, engine, vectors
 from keras_sharp.curvature import products
+from keras_sharp.curvature.eigen import _is_settled
 from keras_sharp.curvature.lanczos import Lanczos
 from keras_sharp.surface import LossSurface
 from tests import models, oracles
@@ -111,13 +112,52 @@ def test_beside_an_outlier_each_value_is_right_relative_to_itself(largest, tol):
     np.testing.assert_allclose(ratio, largest / matrix.eigenvalues[-5], rtol=tol)
 
 
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("k", [1, 3, 5])
 def test_a_small_residual_alone_does_not_end_the_search(k):
     """In the middle of many eigenvalues there is always one within a small distance."""
-    values = np.random.default_rng(0).uniform(0, 1, 300) ** 0.5
-    for seed in range(5):
+    for seed in range(8):
+        values = np.random.default_rng(seed).uniform(0, 1, 300) ** 0.5
         found = curvature.eigenvalues(with_eigenvalues(values), k=k, seed=seed)
         np.testing.assert_allclose(found.values, np.sort(values)[::-1][:k], rtol=1e-2)
+
+
+class Diagonal:
+    """A diagonal matrix."""
+
+    dtype = np.dtype("float64")
+
+    def __init__(self, values):
+        self.values, self.size = values, len(values)
+
+    def matvec(self, v):
+        return self.values * v
+
+
+@pytest.mark.parametrize(
+    "values",
+    [0.9 ** np.arange(300), np.r_[3, 2.9, np.linspace(0, 0.1, 1000)]],
+    ids=["geometric", "two"],
+)
+def test_a_value_on_its_way_to_another_one_is_not_taken_for_it(values):
+    """By chance, a vector to start from has little of the first eigenvector."""
+    for seed in range(60):
+        found = curvature.eigenvalues(Diagonal(values), k=1, seed=seed)
+        np.testing.assert_allclose(found.values, values[:1], rtol=1e-2)
+
+
+def test_an_invariant_subspace_with_wanted_values_does_not_end_the_search():
+    matrix, start = Matrix(np.diag([5.0, 4, 0, 5, 4] + [0.0] * 30)), np.r_[1, 1, 1, np.zeros(32)]
+    lanczos = Lanczos(matrix, start, np.random.default_rng(0), 35)
+    for _ in range(3):
+        lanczos.step()
+    assert lanczos.broke_down
+    settled = []
+    while lanczos.steps < 8:
+        values, residuals, _ = lanczos.ritz()
+        history = [values[::-1][:2]] * 3
+        settled.append(_is_settled(lanczos, values, residuals, history, 1e-2, "LA"))
+        lanczos.step()
+    assert settled == [False, False, False, True, True]  # After a block with 5, 4 and 0 of its own.
 
 
 class Float32(Matrix):
@@ -186,10 +226,17 @@ def test_eigenvalues_of_zero_are_no_alarm_and_take_few_products(matrix, rank):
         curvature.sharpness_ratio(matrix)
 
 
-@pytest.mark.parametrize("values", [[5.0] * 300, [5.0] * 4 + [2.0] * 3 + [0.0] * 293])
-def test_many_equal_eigenvalues_are_all_found_and_end_the_search(values):
-    found = curvature.eigenvalues(with_eigenvalues(values), k=6)
-    np.testing.assert_allclose(found.values, values[:6], rtol=1e-9)
+@pytest.mark.parametrize(
+    ("values", "k"),
+    [
+        ([5.0] * 300, 6),
+        ([5.0] * 4 + [2.0] * 3 + [0.0] * 293, 6),
+        ([5.0, 5.0, 4.0] + [0.0] * 297, 2),
+    ],
+)
+def test_equal_eigenvalues_are_all_found_and_end_the_search(values, k):
+    found = curvature.eigenvalues(with_eigenvalues(values), k=k)
+    np.testing.assert_allclose(found.values, values[:k], rtol=1e-9)
     assert found.products <= 20
 
 

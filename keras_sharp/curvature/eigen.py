@@ -83,9 +83,9 @@ def eigenvalues(
 ):
     """The largest or smallest eigenvalues of the Hessian, by the Lanczos process.
 
-    It stops when all residuals `‖H v - value * v‖` are below `tol * |value|`,
-    or down to rounding, if two more products have not changed the values by
-    more than that and no other value can still become one of those wanted. An
+    It stops when all residuals `‖H v - value * v‖` are below half of
+    `tol * |value|`, or down to rounding, if two more products have not changed
+    the values by more than that and no other can still become one of them. An
     eigenvalue that occurs several times, or several that are within `tol` of
     each other, may be found fewer times, as by any method of this kind. Needs
     memory for `size` numbers per product.
@@ -182,9 +182,11 @@ def _is_settled(lanczos, values, residuals, history, tol, which):
     k, wanted = len(history[-1]), history[-1]
     slack = np.maximum(tol * np.abs(values), 2 * lanczos.rounding)
     chosen = _ascending(values, k, which)[::-1]
-    if np.any(residuals[chosen] > slack[chosen]):
+    # A residual may be small because the value passes an eigenvalue on its way to another one: the
+    # closer the residual is to the distance of eigenvalues, the more often. Half of it costs less
+    # than one product.
+    if np.any(residuals[chosen] > np.maximum(slack[chosen] / 2, 2 * lanczos.rounding)):
         return False
-    # A residual may be small because the value passes an eigenvalue on its way to another one.
     if len(history) < 3 or np.any(np.abs(wanted - history[-3]) > slack[chosen]):
         return False
     # Nor must one that is on its way be able to overtake those.
@@ -196,7 +198,9 @@ def _is_settled(lanczos, values, residuals, history, tol, which):
     if not lanczos.restarted:
         return True
     # On an invariant subspace all residuals are zero, and say nothing of what is outside: the same
-    # eigenvalues once more, or others. The block from outside must have nothing that is wanted.
+    # eigenvalues once more, or others. A whole block from there must have nothing that is wanted.
+    if not lanczos.broke_down:
+        return False
     more = np.concatenate([values, lanczos.last_block()])
     again = more[_ascending(more, k, which)[::-1]]
     return bool(np.all(np.abs(again - wanted) <= slack[chosen]))
