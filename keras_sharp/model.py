@@ -358,15 +358,17 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         self._check_trainable()
         x, y, sample_weight = batch = keras.utils.unpack_x_y_sample_weight(data)
         size = _batch_size(x)
-        hyperparameters = self._advance_hyperparameters()
+        hyperparameters, moved = self._hyperparameters_of_step()
         loss = TrainingLoss(self)
         state = loss.current_state()
 
         def run(carried, batch):
             noise, trackers = carried
             before = state._replace(noise=noise, trackers=trackers)
-            result, after, y_pred = self._run_method(loss, before, batch, hyperparameters)
-            return (after.noise, after.trackers), (result, after.statistics), y_pred
+            result, after = self._run_method(loss, before, batch, hyperparameters)
+            noise, statistics, trackers = after.state
+            left = statistics, after.written
+            return (noise, trackers), (result, left), (after.y_pred, after.masks)
 
         def run_parts(carried, batch):
             if self.num_micro_batches == 1:
@@ -380,34 +382,35 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             outcome = engine.average_replicas(run_parts, carried, batch)
         else:
             # The result is that of all replicas already, and the same on each.
-            carried, (result, statistics), y_pred = run_parts(carried, batch)
-            outcome = carried, (result, engine.mean_over_replicas(statistics, size)), y_pred
-        (noise, trackers), (result, statistics), y_pred = outcome
-        self._commit(loss, State(noise, statistics, trackers), result)
+            carried, (result, left), outputs = run_parts(carried, batch)
+            outcome = carried, (result, engine.mean_over_replicas(left, size)), outputs
+        (noise, trackers), (result, (statistics, written)), (y_pred, masks) = outcome
+        self._commit(loss, State(noise, statistics, trackers), written, moved, result)
+        engine.set_masks(y_pred, masks)  # Gradients, and parts put together, have lost them.
         return self._update_logs(x, y, y_pred, sample_weight, size, result, hyperparameters)
 
     def _run_method(self, loss, before, batch, hyperparameters):
         """Ask the method for the direction on one (micro-)batch. Writes to no variable.
 
         Returns:
-            A triple: a dictionary with the direction and what else the step
-            needs; the `State` of the model afterwards; the predictions.
+            A pair: a dictionary with the direction and what else the step
+            needs; and the `Pass` at the weights of the model.
         """
         scale = self._loss_scale()
         size = _batch_size(batch)
         is_global = self.perturbation_scope == "global"
-        random_state = engine.random_state()
 
         def same_noise():
-            engine.set_random_state(random_state)
             return before.noise
 
         def next_noise():
-            return (perturbed if perturbed.evaluations else clean).aux[1].noise
+            return (perturbed if perturbed.evaluations else clean).aux.state.noise
 
         def objective(noise):
             return Objective.with_aux(
-                lambda w: loss(w, before._replace(noise=noise()), batch),
+                lambda w: loss(
+                    w, before._replace(noise=noise()), batch, perturbed=bool(clean.evaluations)
+                ),
                 perturbed=[self._takes_part(v) and not is_overwritten(v) for v in loss.weights],
                 biases=[is_bias(v) for v in loss.weights],
                 frozen=[is_overwritten(v) for v in loss.weights],
@@ -419,13 +422,16 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         clean = objective(same_noise)
         clean_loss, g = clean(w)
         # The perturbed passes will replace these.
-        (y_pred, after), overwritten = clean.aux, clean.frozen_gradient
+        after, overwritten = clean.aux, clean.frozen_gradient
+        # A layer may have put other weights in place of these: the gradient is that at those,
+        # and around them the adversary looks.
+        w = [old if new is None else new for old, new in zip(w, after.written, strict=True)]
 
         perturbed = objective(next_noise) if self.fresh_noise else clean
         memory = [engine.read(v) for v in self.method_state]
         direction, memory = self.method.step(perturbed, w, g, memory, **hyperparameters)
         if self.fresh_noise:  # The next step must not see the masks of the last pass again.
-            after = after._replace(noise=next_noise())
+            after = after._replace(state=after.state._replace(noise=next_noise()))
 
         evaluations = clean.evaluations + (perturbed.evaluations if self.fresh_noise else [])
         finite = (
@@ -444,12 +450,14 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             "finite": ops.cast(finite, "float32"),
             "extra_logs": self._extra_values(clean_loss, g, evaluations[-1]),
         }
-        return result, after, y_pred
+        return result, after
 
-    def _commit(self, loss, after, result):
+    def _commit(self, loss, after, written, moved, result):
         """Write the outcome of a step into the variables, all of it or nothing."""
         # The mean over micro-batches of 1 for finite and 0 for not.
-        finite = result["finite"] > 1 - 1e-6
+        finite = ops.logical_and(
+            result["finite"] > 1 - 1e-6, ops.isfinite(self.optimizer.learning_rate)
+        )
         weights, optimizer, direction = loss.weights, self.optimizer, result["direction"]
         _assign(loss.variables.trackers, after.trackers)  # They tell of skipped steps, too.
         state = [*loss.variables.noise, *loss.variables.statistics, *self.method_state]
@@ -458,16 +466,21 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
 
         def write():
             _assign(state, values)
+            _assign(weights, written)
+            for variable, value in moved:
+                variable.assign(value)
             if not own_skip:
                 engine.apply(optimizer, direction, weights)
 
         def skip():
             self.skipped_steps.assign_add(1)
 
-        written = [self.skipped_steps, *state]
-        if not own_skip:
-            written += [*weights, *optimizer.variables]
-        engine.run_either(finite, write, skip, written)
+        assigned = [self.skipped_steps, *state, *(variable for variable, _ in moved)]
+        if own_skip:
+            assigned += [v for v, value in zip(weights, written, strict=True) if value is not None]
+        else:
+            assigned += [*weights, *optimizer.variables]
+        engine.run_either(finite, write, skip, assigned)
         if own_skip:
             # It skips the step, and lowers its scale, by itself when it sees a NaN.
             poison = ops.where(finite, 0.0, float("nan"))
@@ -495,13 +508,19 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         }
         return {metric.name: values[metric.name]() for metric in self._extra_metrics}
 
-    def _advance_hyperparameters(self):
-        """The hyperparameters of this step, written into their variables."""
+    def _hyperparameters_of_step(self):
+        """The hyperparameters of this step.
+
+        Returns:
+            The values by name, a dictionary; and a list of variables that the
+            step moves, each in a pair with its new value.
+        """
+        moved = []
 
         def learning_rate():
             now = ops.cast(self.optimizer.learning_rate, self.highest_learning_rate.dtype)
             highest = ops.maximum(now, engine.read(self.highest_learning_rate))
-            self.highest_learning_rate.assign(highest)
+            moved.append((self.highest_learning_rate, highest))
             return now, highest
 
         step = ops.convert_to_tensor(self.optimizer.iterations)
@@ -509,8 +528,8 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
         for name, setting in self.method.settings.items():
             values[name] = setting.value_at(step, learning_rate)
             if setting.schedule is not None:
-                setting.variable.assign(values[name])
-        return values
+                moved.append((setting.variable, values[name]))
+        return values, moved
 
     def _loss_scale(self):
         """The factor that keeps float16 gradients from underflow, or `None`."""
@@ -552,6 +571,7 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
                 stacklevel=2,
             )
         engine.check_layers(self.model)
+        engine.own_random_numbers(self.model)
         self._checked = True
 
     def _averages_parts(self):

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from typing import NamedTuple
 
 import keras
@@ -186,6 +187,23 @@ class State(NamedTuple):
     trackers: list
 
 
+class Pass(NamedTuple):
+    """What a training pass leaves beside the loss.
+
+    Attributes:
+        y_pred: the predictions; `None` if the pass broke off.
+        masks: the masks of the predictions, see `engine.masks_of`.
+        state: the `State` of the model afterwards.
+        written: list with one entry per weight: the value that a layer has
+            put in its place, or `None`.
+    """
+
+    y_pred: object
+    masks: dict
+    state: State
+    written: list
+
+
 class TrainingLoss:
     """The training loss of a model as a pure function of weights, state and data.
 
@@ -209,29 +227,60 @@ class TrainingLoss:
         """The values of all state now."""
         return State(*([engine.read(v) for v in group] for group in self.variables))
 
-    def __call__(self, w, state, batch):
+    def __call__(self, w, state, batch, perturbed=False):
         """One forward pass in training mode. Writes to no variable.
 
         Args:
             w: list of tensors, the weights.
             state: a `State` of values.
             batch: the triple `(x, y, sample_weight)`.
+            perturbed: Boolean, whether `w` are perturbed weights. If these are
+                not finite, neither is the loss, even if a layer raises.
+                Defaults to `False`.
 
         Returns:
-            The loss, and a pair: the predictions, and the `State` afterwards.
+            The loss, and what else the `Pass` leaves.
         """
         x, y, sample_weight = batch
-        mapping = list(zip(self.weights, w, strict=True))
-        for variables, values in zip(self.variables, state, strict=True):
-            mapping += zip(variables, values, strict=True)
-        with engine.stateless_scope(mapping) as scope:
-            y_pred = self._model.model(x, training=True)
-            loss = self._model.compute_loss(
-                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+        others = [
+            pair
+            for variables, values in zip(self.variables, state, strict=True)
+            for pair in zip(variables, values, strict=True)
+        ]
+        y_pred = None
+        try:
+            with engine.TrainingScope(
+                list(zip(self.weights, w, strict=True)), others, engine.write
+            ) as scope:
+                y_pred = self._model.model(x, training=True)
+                loss = self._model.compute_loss(
+                    x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+                )
+        except Exception:
+            # Some losses and layers refuse NaN. It is then a step that is not finite, as with
+            # those that hand it on.
+            evidence = y_pred if y_pred is not None else w if perturbed else []
+            if not _is_seen_not_to_be_finite(evidence):
+                raise
+            return sum(ops.sum(t) for t in w) * math.nan, Pass(
+                y_pred, engine.masks_of(y_pred), state, [None] * len(w)
             )
         after = State(*([scope.get_current_value(v) for v in group] for group in self.variables))
         moved = [
             None if new is old else new
             for new, old in zip(after.statistics, state.statistics, strict=True)
         ]
-        return engine.loss_of_replica(loss), (y_pred, after._replace(statistics=moved))
+        return engine.loss_of_replica(loss), Pass(
+            y_pred,
+            engine.masks_of(y_pred),
+            after._replace(statistics=moved),
+            [scope.written.get(id(v)) for v in self.weights],
+        )
+
+
+def _is_seen_not_to_be_finite(tensors):
+    """Whether some number is not finite; `False` where a function is traced, and none is known."""
+    try:
+        return not all(bool(ops.all(ops.isfinite(t))) for t in keras.tree.flatten(tensors))
+    except Exception:  # Each backend has its own one for a tensor without a value.
+        return False

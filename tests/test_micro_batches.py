@@ -224,6 +224,57 @@ def test_the_seed_advances_once_per_part():
     assert_same([values([state])[0].astype("int64") - before], [[0, 4]], bits=True)
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class Counts(methods.Method):
+    """Plain training that counts its steps."""
+
+    def initial_state(self, variables):
+        return [np.zeros((), "int32"), np.zeros((), "float32"), np.zeros((2,), "bool")]
+
+    def step(self, objective, w, g, state):
+        return g, [state[0] + 1, state[1] + 1, keras.ops.logical_not(state[2])]
+
+
+def test_integers_in_the_memory_of_a_method_are_kept():
+    """They have no mean: weighted by a half and cast, a counter would stay at 0."""
+    wrapper, _ = pair(models.mlp, 3, Counts())
+    for _ in range(3):
+        wrapper.train_on_batch(*models.regression(8))
+    whole, number, odd = values(wrapper.method_state)
+    assert whole == 3
+    np.testing.assert_allclose(number, 3.0, rtol=1e-6)
+    assert np.all(odd)
+
+
+def two_outputs():
+    keras.utils.set_random_seed(0)
+    x = keras.Input((3,))
+    outputs = {"a": layers.Dense(1, name="a")(x), "b": layers.Dense(2, name="b")(x)}
+    return keras.Model(x, outputs)
+
+
+@pytest.mark.parametrize("examples", [5, 6])
+def test_the_logs_of_each_output_count_every_example_once(examples):
+    """In a last batch with fewer examples than parts, too: some parts are empty then."""
+    wrapper, plain = pair(two_outputs, 4, learning_rate=0.0)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(examples, 3)).astype("float32")
+    y = {name: rng.normal(size=(examples, n)).astype("float32") for name, n in (("a", 1), ("b", 2))}
+    options = {"batch_size": 4, "shuffle": False, "verbose": 0}
+    logs, expected = (model.fit(x, y, **options).history for model in (wrapper, plain))
+    for name in ("loss", "a_loss", "b_loss"):
+        np.testing.assert_allclose(logs[name], expected[name], rtol=1e-5, err_msg=name)
+
+
+def test_a_last_batch_with_fewer_examples_than_parts_moves_seeds_once_per_example():
+    wrapper, _ = pair(lambda: models.dropout_net(dropout_seed=5), 4)
+    state = wrapper.model.get_layer("dropout").seed_generator.state
+    before = values([state])[0].astype("int64")
+    x, y = models.regression(6)
+    wrapper.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+    assert_same([values([state])[0].astype("int64") - before], [[0, 4 + 2]], bits=True)
+
+
 def test_one_part_that_is_not_finite_skips_the_whole_step():
     wrapper, plain = pair(models.batchnorm_net, 4)
     x, y = models.regression()

@@ -109,6 +109,45 @@ def test_is_validation_of_fit_tells_who_calls_evaluate():
     assert calls == [True, False], "see is_validation_of_fit"
 
 
+def test_training_scope_sees_what_a_layer_writes_into_a_weight():
+    weight, other = (keras.Variable(np.ones(2, "float32")) for _ in range(2))
+    value = keras.ops.convert_to_tensor(np.array([3.0, 4.0], "float32"))
+    scope = _keras.TrainingScope(
+        [(weight, value)], [(other, value)], lambda w, new: (new + 10 * w, new)
+    )
+    with scope:
+        other.assign(value + 1)
+        weight.assign(value + 1)
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(weight + 0), [34.0, 45.0])
+    assert list(scope.written) == [id(weight)], "see TrainingScope"
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(scope.written[id(weight)]), [4.0, 5.0])
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(scope.get_current_value(other)), [4.0, 5.0]
+    )
+
+
+def test_masks_can_be_taken_off_and_put_on():
+    x = layers.Masking()(np.array([[[1.0], [0.0]]], "float32"))
+    masks = _keras.masks_of({"a": x + 0, "b": x})
+    assert list(masks) == [1], "see masks_of"
+    copy = x + 0
+    assert not _keras.has_mask(copy)
+    _keras.set_masks([None, copy], masks)
+    assert _keras.has_mask(copy), "see set_masks"
+
+
+def test_draw_from_own_seeds_makes_dropout_move_its_seed():
+    """On PyTorch Keras asks an attribute of the generator whether it was given a seed."""
+    dropout = layers.Dropout(0.5)
+    model = keras.Sequential([keras.Input((3,)), dropout])
+    _keras.draw_from_own_seeds(model)
+    before = keras.ops.convert_to_numpy(dropout.seed_generator.state).copy()
+    model(np.ones((2, 3)), training=True)
+    after = keras.ops.convert_to_numpy(dropout.seed_generator.state)
+    assert after[1] == before[1] + 1, "see draw_from_own_seeds"
+    assert dropout.get_config()["seed"] is None
+
+
 def test_has_mask_tells_what_a_layer_has_masked():
     x = keras.ops.convert_to_tensor(np.array([[[1.0], [0.0]]], "float32"))
     assert _keras.has_mask(layers.Masking()(x)), "see has_mask"

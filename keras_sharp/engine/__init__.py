@@ -24,11 +24,14 @@ Each engine file provides the same few names:
 | `quotient(a, b)` | `a / b` for scalars, and 0 where `b` is 0 |
 | `Trainer` | the glue into Keras' `train_step` |
 | `global_seeds`, `random_state`, `set_random_state` | random numbers outside the model |
+| `own_random_numbers(model)` | let a model draw from seeds that it holds |
 | `check_layers(model)` | refuse layers that the engine cannot differentiate |
+| `write(weight, value)` | what an assignment to a weight in a pass means |
 """
 
 import keras
 
+from keras_sharp.engine._keras import TrainingScope as TrainingScope
 from keras_sharp.engine._keras import all_layers as all_layers
 from keras_sharp.engine._keras import build_symbolically as build_symbolically
 from keras_sharp.engine._keras import data_adapter as data_adapter
@@ -36,6 +39,8 @@ from keras_sharp.engine._keras import exchanging_variables as exchanging_variabl
 from keras_sharp.engine._keras import has_mask as has_mask
 from keras_sharp.engine._keras import is_validation_of_fit as is_validation_of_fit
 from keras_sharp.engine._keras import loss_tracker as loss_tracker
+from keras_sharp.engine._keras import masks_of as masks_of
+from keras_sharp.engine._keras import set_masks as set_masks
 from keras_sharp.engine._keras import share_compiled_state as share_compiled_state
 from keras_sharp.engine._keras import stateless_scope as stateless_scope
 
@@ -72,6 +77,7 @@ loss_of_replica = _engine.loss_of_replica
 mean_over_processes = _engine.mean_over_processes
 mean_over_replicas = _engine.mean_over_replicas
 num_replicas = _engine.num_replicas
+own_random_numbers = _engine.own_random_numbers
 quotient = _engine.quotient
 random_state = _engine.random_state
 read = _engine.read
@@ -80,3 +86,4 @@ scale = _engine.scale
 set_random_state = _engine.set_random_state
 sum_over_processes = _engine.sum_over_processes
 value_and_gradient = _engine.value_and_gradient
+write = _engine.write

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from keras_sharp.engine import _micro_batches
-from keras_sharp.engine._micro_batches import map_present
+from keras_sharp.engine._micro_batches import has_mean, map_present
 
 #: Whether the program that is being traced is that of one replica by itself.
 _on_replica = contextvars.ContextVar("_on_replica", default=False)
@@ -182,7 +182,8 @@ def average_replicas(fn, carried, batch):
             old if new is old else old + jax.lax.psum(new - old, axis)
             for new, old in zip(added, carried[1], strict=True)
         ]
-        return (same, added), jax.lax.pmean(averaged, axis), outputs
+        mean = map_present(lambda t: jax.lax.pmean(t, axis) if has_mean(t) else t, averaged)
+        return (same, added), mean, outputs
 
     # Other axes of the mesh, along which weights are split, are left to the compiler.
     return jax.shard_map(
@@ -259,6 +260,16 @@ def read(variable):
     return jax.lax.stop_gradient(variable.value)
 
 
+def write(weight, value):
+    """What the rest of a pass reads of a weight that a layer has written, and what is left in it.
+
+    Plain training on JAX differentiates through the assignment, and then
+    forgets it: nothing is left.
+    """
+    del weight
+    return value, None
+
+
 def compiled(fn):
     """A pure function of tensors, compiled."""
     return jax.jit(fn)
@@ -275,6 +286,10 @@ def random_state():
 
 def set_random_state(state):
     """Go back to a state of `random_state`."""
+
+
+def own_random_numbers(model):
+    """Let a model draw from seeds that it holds: on JAX it does."""
 
 
 def check_layers(model):

@@ -6,7 +6,7 @@
 import contextlib
 
 import keras
-from keras.src.backend.common.masking import get_keras_mask
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.random.seed_generator import global_seed_generator
 from keras.src.trainers.data_adapters import get_data_adapter
 
@@ -20,9 +20,41 @@ def stateless_scope(mapping):
     Args:
         mapping: pairs of a variable and a tensor.
     """
-    scope = keras.StatelessScope(collect_losses=True)
+    return _fill(keras.StatelessScope(collect_losses=True), mapping)
+
+
+def _fill(scope, mapping):
     scope.state_mapping.update((id(variable), value) for variable, value in mapping)
     return scope
+
+
+class TrainingScope(keras.StatelessScope):
+    """A stateless scope for a pass whose layers may write to the weights that are trained.
+
+    Some do: `SpectralNormalization` puts the normalized kernel into its
+    variable. Every assignment in a scope goes through `add_update`.
+
+    Args:
+        weights: pairs of a trained variable and a tensor.
+        others: pairs of any other variable and a tensor.
+        write: function of such a tensor and the assigned value that returns
+            what the rest of the pass reads, and what training leaves in the
+            variable.
+    """
+
+    def __init__(self, weights, others, write):
+        super().__init__(collect_losses=True)
+        _fill(self, [*weights, *others])
+        self._trained = {id(variable): value for variable, value in weights}
+        self._write = write
+        #: What training leaves in the weights that were written, by the `id` of the variable.
+        self.written = {}
+
+    def add_update(self, update):
+        variable, value = update
+        if id(variable) in self._trained:
+            value, self.written[id(variable)] = self._write(self._trained[id(variable)], value)
+        super().add_update((variable, value))
 
 
 def share_compiled_state(model, wrapper):
@@ -58,6 +90,19 @@ def build_symbolically(model, data):
 def all_layers(model):
     """Every layer of a model, at any depth; `model.layers` lists the first level."""
     return list(model._flatten_layers(include_self=False))
+
+
+def draw_from_own_seeds(model):
+    """Let every random generator of a model draw from the seed that it holds.
+
+    Each has one, in a variable. But without a seed from the user, Keras on
+    PyTorch draws dropout masks from the generator of the process, which all
+    models and threads share and which no file holds.
+    """
+    for layer in [model, *all_layers(model)]:
+        for generator in layer._seed_generators:
+            if generator._initial_seed is None:
+                generator._initial_seed = int(keras.ops.convert_to_numpy(generator.state)[0])
 
 
 def global_seed():
@@ -106,6 +151,22 @@ def is_validation_of_fit(kwargs):
 def has_mask(tensor):
     """Whether a layer has masked this prediction: the loss leaves some of it out."""
     return get_keras_mask(tensor) is not None
+
+
+def masks_of(structure):
+    """The masks of tensors, by their place in the flat structure.
+
+    Keras keeps a mask as an attribute of its tensor, which a copy does not have.
+    """
+    masks = enumerate(map(get_keras_mask, keras.tree.flatten(structure)))
+    return {i: mask for i, mask in masks if mask is not None}
+
+
+def set_masks(structure, masks):
+    """Give tensors the masks that `masks_of` found at their places."""
+    leaves = keras.tree.flatten(structure)
+    for i, mask in masks.items():
+        set_keras_mask(leaves[i], mask)
 
 
 @contextlib.contextmanager

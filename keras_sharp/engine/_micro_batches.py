@@ -45,12 +45,20 @@ def map_present(fn, structure):
     return keras.tree.map_structure(lambda t: None if t is None else fn(t), structure)
 
 
+def has_mean(tensor):
+    """Whether a tensor is averaged over parts of a batch: whether it is of floats."""
+    return keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
+
+
 def accumulate(total, new, weight):
-    """`total + weight * new`, entry by entry; `None` counts for nothing."""
+    """`total + weight * new`, entry by entry; `None` counts for nothing.
+
+    An integer has no mean: it is that of the first part.
+    """
 
     def add(a, b):
-        if b is None:
-            return a
+        if b is None or not has_mean(b):
+            return b if a is None else a
         b = b * ops.cast(weight, b.dtype)
         return b if a is None else a + b
 

@@ -12,7 +12,7 @@ from keras_sharp.engine._keras import (
     global_seed,
     without_reduction,
 )
-from keras_sharp.engine._micro_batches import accumulate, map_present
+from keras_sharp.engine._micro_batches import accumulate, has_mean, map_present
 
 #: What XLA will compile of the step that is being traced: "step", each of its
 #: "passes" by itself, or nothing.
@@ -198,7 +198,8 @@ def loss_of_replica(loss):
 def mean_over_replicas(structure, size):
     """The mean of a nested structure over all replicas, weighted by their `size`."""
     leaves = keras.tree.flatten(structure)
-    present = [t for t in leaves if t is not None]
+    averaged = [t is not None and has_mean(t) for t in leaves]
+    present = [t for t, mean in zip(leaves, averaged, strict=True) if mean]
     if num_replicas() == 1 or not present:
         return structure
 
@@ -214,7 +215,7 @@ def mean_over_replicas(structure, size):
     wide = [t if t.dtype == tf.float64 else tf.cast(t, tf.float32) for t in present]
     means = iter(tf.cast(m, t.dtype) for m, t in zip(mean(*wide), present, strict=True))
     return keras.tree.pack_sequence_as(
-        structure, [None if t is None else next(means) for t in leaves]
+        structure, [next(means) if m else t for t, m in zip(leaves, averaged, strict=True)]
     )
 
 
@@ -255,7 +256,11 @@ def average_micro_batches(fn, carried, batch, num_micro_batches):
         # Such a part computes an example again, and counts for nothing.
         first = tf.minimum(start, size - 1)
         part = map_present(lambda t, a=first, b=first + tf.maximum(length, 1): t[a:b], batch)
-        carried, averaged, output = fn(carried, part)
+        after, averaged, output = fn(carried, part)
+        counts = length > 0
+        carried = keras.tree.map_structure(
+            lambda new, old, c=counts: new if new is old else tf.where(c, new, old), after, carried
+        )
         weight = tf.cast(length, tf.float32) / tf.cast(size, tf.float32)
         total = accumulate(total, averaged, weight)
         outputs.append(map_present(lambda t, n=length: t[:n], output))
@@ -328,6 +333,16 @@ def read(variable):
     return tf.stop_gradient(tf.convert_to_tensor(variable.value))
 
 
+def write(weight, value):
+    """What the rest of a pass reads of a weight that a layer has written, and what is left in it.
+
+    As in plain training an assignment has no derivative: the gradient is that
+    by the new value.
+    """
+    value = tf.stop_gradient(value)
+    return value + (weight - tf.stop_gradient(weight)), value
+
+
 def compiled(fn):
     """A pure function of tensors, compiled."""
     # TensorFlow would take all functions that one line has made for one that is traced too often,
@@ -347,6 +362,10 @@ def random_state():
 
 def set_random_state(state):
     """Go back to a state of `random_state`."""
+
+
+def own_random_numbers(model):
+    """Let a model draw from seeds that it holds: on TensorFlow it does."""
 
 
 def check_layers(model):

@@ -8,7 +8,12 @@ import torch
 import torch.distributed as dist
 
 from keras_sharp.engine import _micro_batches
-from keras_sharp.engine._keras import adds_up_metrics, all_layers, global_seed
+from keras_sharp.engine._keras import (
+    adds_up_metrics,
+    all_layers,
+    draw_from_own_seeds,
+    global_seed,
+)
 
 # A step makes several lists of tensors and lets them go. On Linux, the C library would hand that
 # memory back to the system and fault it in again, page by page: a tenth of a step of a small
@@ -144,12 +149,13 @@ def loss_of_replica(loss):
 def mean_over_replicas(structure, size):
     """The mean of a nested structure over all processes, weighted by their `size`. One message."""
     leaves = keras.tree.flatten(structure)
-    present = [t for t in leaves if t is not None]
+    averaged = [t is not None and _micro_batches.has_mean(t) for t in leaves]
+    present = [t for t, mean in zip(leaves, averaged, strict=True) if mean]
     if num_replicas() == 1 or not present:
         return structure
     means = iter(_split(_Mean.apply(_flat(present), float(size)), present))
     return keras.tree.pack_sequence_as(
-        structure, [None if t is None else next(means) for t in leaves]
+        structure, [next(means) if m else t for t, m in zip(leaves, averaged, strict=True)]
     )
 
 
@@ -279,6 +285,16 @@ def read(variable):
     return variable.value.detach()
 
 
+def write(weight, value):
+    """What the rest of a pass reads of a weight that a layer has written, and what is left in it.
+
+    As in plain training an assignment has no derivative: the gradient is that
+    by the new value.
+    """
+    value = value.detach()
+    return value + (weight - weight.detach()), value
+
+
 def compiled(fn):
     """A pure function of tensors; PyTorch runs it as it is."""
     return fn
@@ -290,9 +306,10 @@ def global_seeds():
 
 
 def random_state():
-    """The state of random numbers that are in no variable.
+    """The state of random numbers that are in no variable: the generator of PyTorch.
 
-    `keras.layers.Dropout` without a seed draws from the generator of PyTorch.
+    Keras shuffles with it, and a model that was never trained by the wrapper
+    draws the masks of `Dropout` without a seed from it.
     """
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     return torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None
@@ -304,6 +321,15 @@ def set_random_state(state):
     torch.set_rng_state(cpu)
     if gpu is not None:
         torch.cuda.set_rng_state(gpu)
+
+
+def own_random_numbers(model):
+    """Let a model draw from seeds that it holds, which a step carries along and saves.
+
+    A generator that all models and threads share could not be rewound for the
+    second pass of a step without harm to the others.
+    """
+    draw_from_own_seeds(model)
 
 
 def check_layers(model):
