@@ -48,6 +48,12 @@ def split(vector, shapes):
     return parts
 
 
+def assigned(value, trained):
+    """What a pass reads of a variable after an assignment: JAX differentiates through it."""
+    del trained
+    return value
+
+
 def noise():
     """The state of random numbers that are in no variable: there is none."""
 

@@ -58,6 +58,15 @@ def split(vector, shapes):
     return [tf.reshape(p, s) for p, s in zip(parts, shapes, strict=True)]
 
 
+def assigned(value, trained):
+    """What a pass reads of a variable after an assignment, which has no derivative.
+
+    Of a weight that is trained, the gradient is that by the new value.
+    """
+    value = tf.stop_gradient(value)
+    return value if trained is None else value + (trained - tf.stop_gradient(trained))
+
+
 def noise():
     """The state of random numbers that are in no variable: there is none."""
 

@@ -36,7 +36,9 @@ def differentiable_gradient(loss):
 
     def at(v):
         v = v if v.requires_grad else v.detach().requires_grad_()
-        with torch.enable_grad():
+        # The faster kernels of attention have one derivative only.
+        math = torch.nn.attention.SDPBackend.MATH
+        with torch.enable_grad(), torch.nn.attention.sdpa_kernel(math):
             return torch.autograd.grad(loss(v), v, create_graph=True)[0]
 
     return at
@@ -49,6 +51,15 @@ def split(vector, shapes):
     """The parts of a vector, in these shapes."""
     sizes = [int(torch.Size(s).numel()) for s in shapes]
     return [p.reshape(s) for p, s in zip(vector.split(sizes), shapes, strict=True)]
+
+
+def assigned(value, trained):
+    """What a pass reads of a variable after an assignment, which has no derivative.
+
+    Of a weight that is trained, the gradient is that by the new value.
+    """
+    value = value.detach()
+    return value if trained is None else value + (trained - trained.detach())
 
 
 def noise():

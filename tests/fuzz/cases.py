@@ -34,6 +34,8 @@ BLOCKS = {
     ],
 }  # fmt: skip
 
+RECURRENT = {"lstm", "gru", "rnn", "rnn_dropout", "bidirectional"}
+
 #: What is read in, and the kind of tensor that the trunk works on.
 INPUTS = {"vector": "vector", "image": "image", "sequence": "sequence", "tokens": "sequence"}
 HEADS = ("regression", "binary", "classes", "steps", "steps_classes")
@@ -187,7 +189,7 @@ def generate(seed):
         scheduled=chance(0.1),
         neighborhood=chance(0.4, "euclidean", r.choice(NEIGHBORHOODS)),
         ascent_steps=r.choice([1, 1, 1, 2, 3]),
-        second_order=chance(0.15),
+        second_order=chance(0.12),
         micro_batches=r.choice([1, 1, 2, 3]),
         perturb=r.choice(["all", "all", "no_bias_no_norm", "norm_only", "function"]),
         extra_logs=chance(0.3),
@@ -226,7 +228,8 @@ def sensible(case):
         changes["topology"] = "functional"
     if len(case.heads) == 1:
         changes.update(named_outputs=False, loss_weights=False)
-    if case.topology not in ("sequential", "subclassed"):
+    lora = any("lora" in b for b in case.blocks)  # It draws its seeds when it is built.
+    if case.topology not in ("sequential", "subclassed") or lora:
         changes["built"] = True
     if case.sample_weight or case.heads not in (("classes",), ("binary",)):
         changes["class_weight"] = False
@@ -241,10 +244,16 @@ def sensible(case):
         changes.update(neighborhood="euclidean", perturb="all")
     if case.method in ("asam", "adaptive_gsam"):  # They have a neighborhood of their own.
         changes["neighborhood"] = "euclidean"
-    if case.perturb == "norm_only" and not any("norm" in b for b in case.blocks):
+    norms = {"batchnorm", "layernorm", "groupnorm", "rmsnorm"}
+    if case.perturb == "norm_only" and not norms & set(case.blocks[case.frozen :]):
         changes["perturb"] = "all"
     if case.rho == 0:
         changes["scheduled"] = False
+    # Recurrent layers take many small operations per step: then no more than two passes or parts.
+    if sum(b in RECURRENT for b in case.blocks) * case.ascent_steps * case.micro_batches > 2:
+        changes.update(ascent_steps=1, micro_batches=min(2, case.micro_batches))
+        found = [i for i, b in enumerate(case.blocks) if b in RECURRENT]
+        changes["blocks"] = tuple(b for i, b in enumerate(case.blocks) if i not in found[1:])
     return dataclasses.replace(case, **changes)
 
 

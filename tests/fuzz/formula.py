@@ -81,34 +81,29 @@ class _Hand:
         case, model = self.case, self.model
         self.hyperparameters()
         size = len(keras.tree.flatten(batch[0])[0])
-        before = values(model.non_trainable_variables)
-        parts = [self.part(p) for p in _split(batch, case.micro_batches, size, self, before)]
-        weights = [p["size"] / size for p in parts]
-
-        def mean(key):
-            return sum(w * np.asarray(p[key], "float64") for w, p in zip(weights, parts, strict=True))
-
-        directions = [p["direction"] for p in parts]
-        direction = [
-            None if d[0] is None else sum(w * np.asarray(x, "float64") for w, x in zip(weights, d, strict=True))
-            for d in zip(*directions, strict=True)
-        ]
+        variables = [*model.trainable_variables, *model.non_trainable_variables]
+        floats = [keras.backend.is_float_dtype(v.dtype) for v in variables]
+        before, parts = values(variables), []
+        for part in _split(batch, case.micro_batches, size):
+            # Each part starts from the same weights and statistics; seeds and counters go on.
+            for variable, value, is_float in zip(variables, before, floats, strict=True):
+                if is_float:
+                    variable.assign(value)
+            parts.append(self.part(part))
         finite = all(p["finite"] for p in parts)
-        self.leave_state(parts, weights, before, finite)
-        self.apply(direction, finite)
-        self.report(batch, parts, mean, size)
 
-    def leave_state(self, parts, weights, before, finite):
-        """Statistics are averaged over the parts; a skipped step leaves all as it was."""
-        variables = self.model.non_trainable_variables
-        for i, variable in enumerate(variables):
-            if not finite:
-                new = before[i]
-            elif keras.backend.is_float_dtype(variable.dtype):
-                new = sum(w * p["state"][i].astype("float64") for w, p in zip(weights, parts, strict=True))
-            else:
-                new = parts[-1]["state"][i]
-            variable.assign(np.asarray(new).astype(before[i].dtype))
+        def mean(arrays):
+            if arrays[0] is None:
+                return None
+            pairs = zip(parts, arrays, strict=True)
+            return sum(p["size"] / size * np.asarray(a, "float64") for p, a in pairs)
+
+        lasting = zip(*(p["variables"] for p in parts), strict=True)
+        for variable, old, is_float, new in zip(variables, before, floats, lasting, strict=True):
+            left = old if not finite else mean(new) if is_float else new[-1]
+            variable.assign(np.asarray(left).astype(old.dtype))
+        self.apply([mean(d) for d in zip(*(p["direction"] for p in parts), strict=True)], finite)
+        self.report(batch, parts, mean([p["loss"] for p in parts]), size)
 
     def apply(self, direction, finite):
         optimizer, variables = self.model.optimizer, self.model.trainable_variables
@@ -124,13 +119,12 @@ class _Hand:
             ],
         )
 
-    def report(self, batch, parts, mean, size):
+    def report(self, batch, parts, loss, size):
         model = self.model
         x, y, weight = models.tensors(batch)
         tracker = next(m for m in model.metrics if m.name == "loss")
-        tracker.update_state(ops.convert_to_tensor(mean("loss"), "float32"), sample_weight=size)
+        tracker.update_state(ops.convert_to_tensor(loss, "float32"), sample_weight=size)
         y_pred = keras.tree.map_structure(lambda *t: ops.concatenate(t), *(p["y_pred"] for p in parts))
-        keras.tree.map_structure(lambda t, mask: None, y_pred, y_pred)
         _carry_masks(model, x, y_pred)
         model.compute_metrics(x, y, y_pred, weight)
         self.seen += size
@@ -179,7 +173,7 @@ class _Hand:
 
         def loss_at(v):
             mapping = list(zip((variables[i] for i in used), weights_of(v), strict=True))
-            with keras.StatelessScope(state_mapping=mapping, collect_losses=True):
+            with _Scope(state_mapping=mapping, collect_losses=True):
                 x, y, weight = tensors
                 out = model(x, training=True)
                 return model.compute_loss(x=x, y=y, y_pred=out, sample_weight=weight)
@@ -214,7 +208,7 @@ class _Hand:
             "loss": float(ops.convert_to_numpy(loss)),
             "y_pred": y_pred,
             "direction": whole,
-            "state": after,
+            "variables": [*start, *after],
             "finite": finite,
             "extra": self.extra_logs(loss, g, seen) if case.extra_logs else {},
         }
@@ -341,25 +335,32 @@ def _join(tensors):
     return ops.concatenate([ops.reshape(ops.cast(t, dtype), (-1,)) for t in tensors])
 
 
-def _split(batch, number, size, hand, before):
-    """The parts of a batch; the float state starts anew in each."""
-    variables = hand.model.non_trainable_variables
-    floats = [i for i, v in enumerate(variables) if keras.backend.is_float_dtype(v.dtype)]
+def _split(batch, number, size):
+    """The parts of a batch."""
     start = 0
     for i in range(min(number, size)):
         end = start + size // number + (i < size % number)
-        assign([variables[j] for j in floats], [before[j] for j in floats])
         yield keras.tree.map_structure(
             lambda a, s=start, e=end: None if a is None else a[s:e], batch
         )
         start = end
 
 
+class _Scope(keras.StatelessScope):
+    """A pass in which an assignment means what it means in plain training."""
+
+    def add_update(self, update):
+        variable, value = update
+        trained = self.get_current_value(variable) if variable.trainable else None
+        super().add_update((variable, adapter.assigned(value, trained)))
+
+
 def _carry_masks(model, x, y_pred):
     """Give predictions the masks that an eager call finds."""
-    for t, found in zip(
-        keras.tree.flatten(y_pred), keras.tree.flatten(model(x, training=False)), strict=True
-    ):
-        mask = getattr(found, "_keras_mask", None)
+    before = values(model.non_trainable_variables)
+    found = model(x, training=False)
+    assign(model.non_trainable_variables, before)  # Recurrent dropout draws even then.
+    for t, other in zip(keras.tree.flatten(y_pred), keras.tree.flatten(found), strict=True):
+        mask = getattr(other, "_keras_mask", None)
         if mask is not None:
             t._keras_mask = mask

@@ -33,16 +33,10 @@ TABLE = [
         lambda c: {"dtype": "float32"},
     ),
     Known(
-        "Keras refuses random numbers without a seed in a traced function on JAX",
-        ("jax",),
-        lambda c: False,
-        lambda c: {"seeded": True},
-    ),
-    Known(
-        "dropout without a seed draws from PyTorch's generator",
+        "dropout without a seed, in a model that is not built, draws from PyTorch's generator",
         ("torch",),
-        lambda c: not c.seeded,
-        lambda c: {"seeded": True},
+        lambda c: not c.seeded and not c.built,
+        lambda c: {"built": True},
     ),
     Known(
         "Keras saves what LoRA makes of a kernel, not the two factors",
@@ -57,12 +51,27 @@ TABLE = [
         lambda c: {"mode": "graph"},
     ),
     Known(
-        "what a layer writes to its trainable weights, with an adversary: no formula yet",
-        ALL,
-        lambda c: any("spectral" in b for b in c.blocks) and (c.rho > 0 or c.micro_batches > 1),
-        lambda c: {"blocks": tuple(b for b in c.blocks if "spectral" not in b)},
+        "Keras: steps_per_execution must be 1 on PyTorch",
+        ("torch",),
+        lambda c: c.steps_per_execution > 1,
+        lambda c: {"steps_per_execution": 1},
     ),
 ]
+
+
+#: Where plain Keras is no reference, and the formula takes its place: reason, backends, cases.
+PLAIN_DIFFERS = [
+    (
+        "Keras loses the masks of predictions in the metrics of training",
+        ("jax",),
+        lambda c: c.inputs == "tokens" and (c.metrics or c.weighted_metrics),
+    ),
+]
+
+
+def plain_differs(case):
+    """Whether plain Keras does something else, and not better."""
+    return any(BACKEND in backends and applies(case) for _, backends, applies in PLAIN_DIFFERS)
 
 
 def avoid(case):

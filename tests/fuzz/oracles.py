@@ -6,8 +6,8 @@ import tempfile
 import keras
 import numpy as np
 
-from keras_sharp import SharpnessAwareModel, methods, neighborhoods
-from tests.fuzz import formula, networks, programs
+from keras_sharp import SharpnessAwareModel, engine, methods, neighborhoods
+from tests.fuzz import formula, known, networks, programs
 from tests.fuzz.programs import Schedule
 from tests.models import BACKEND, assign, values
 
@@ -50,6 +50,9 @@ def method(case):
 def _start(case, jitter=None):
     """A model, built unless the case says otherwise, with weights that are all at work."""
     model = networks.build(case)
+    if BACKEND == "torch" and model.built:
+        # Plain Keras draws from PyTorch's generator there, what is wrapped from its own seeds.
+        engine.own_random_numbers(model)
     if model.built:
         networks.move_off_the_start(model, case.seed)
         if jitter is not None:
@@ -83,8 +86,8 @@ def wrapped(case, mode=None):
     return wrapper
 
 
-def _seed(case):
-    keras.utils.set_random_seed(case.seed % 2**31 + 1)
+def _seed(case, offset=0):
+    keras.utils.set_random_seed(case.seed % 2**31 + 1 + offset)
 
 
 class Checker:
@@ -103,7 +106,8 @@ class Checker:
         case = self.case
         wrapper = wrapped(case)
         result = self.train(wrapper)
-        reference = self.plain if case.rho == 0 and case.micro_batches == 1 else self.by_hand
+        is_plain = case.rho == 0 and case.micro_batches == 1 and not known.plain_differs(case)
+        reference = self.plain if is_plain else self.by_hand
         shown = result.without_added_logs() if reference == self.plain else result
         expected, clone = reference()
         self.compare(shown, expected, reference.__name__, lambda j: reference(j)[0])
@@ -117,8 +121,8 @@ class Checker:
         if self.differences:
             raise Failure("\n".join(self.differences))
 
-    def train(self, wrapper):
-        _seed(self.case)
+    def train(self, wrapper, seed=0):
+        _seed(self.case, seed)
         logs = programs.train(wrapper, self.case, self.data, self.validation)
         return programs.outcome(wrapper.model, self.first, logs)
 
@@ -171,7 +175,7 @@ class Checker:
         before = [programs.outcome(m.model, self.first, []) for m in (loaded, wrapper)]
         self.compare(*before, "loaded is saved", exact=True)
         self.data = programs.data(case, seed=2)
-        ends = [self.train(m) for m in (loaded, wrapper)]
+        ends = [self.train(m, seed=i) for i, m in enumerate((loaded, wrapper))]
         self.compare(*ends, "resumed", lambda j: self.by_hand(j)[0])
 
     # Comparing
