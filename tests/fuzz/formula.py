@@ -5,6 +5,7 @@ are assigned to its variables, the gradient is taken there, and everything is pu
 weights with a gradient stand in one long vector.
 """
 
+import copy
 import importlib
 
 import keras
@@ -143,8 +144,11 @@ class _Hand:
         model, case, scale = self.model, self.case, self.scale()
         variables = model.trainable_variables
         before, noise = values(model.non_trainable_variables), adapter.noise()
-        tensors = models.tensors(batch)
-        loss, y_pred, g = adapter.forward_and_gradient(model, tensors, scale)
+
+        def tensors():  # Anew: Keras writes into the weights of masked examples on PyTorch.
+            return models.tensors(copy.deepcopy(batch))
+
+        loss, y_pred, g = adapter.forward_and_gradient(model, tensors(), scale)
         after, noise_after = values(model.non_trainable_variables), adapter.noise()
         trackers = values(model.metrics_variables)
         start = values(variables)
@@ -166,7 +170,7 @@ class _Hand:
         def gradient_at(v):
             rewind()
             assign([variables[i] for i in used], weights_of(v))
-            seen["loss"], _, at = adapter.forward_and_gradient(model, tensors, scale)
+            seen["loss"], _, at = adapter.forward_and_gradient(model, tensors(), scale)
             assign(variables, start)
             seen["gradient"] = _join([at[i] for i in used])
             return seen["gradient"]
@@ -174,7 +178,7 @@ class _Hand:
         def loss_at(v):
             mapping = list(zip((variables[i] for i in used), weights_of(v), strict=True))
             with _Scope(state_mapping=mapping, collect_losses=True):
-                x, y, weight = tensors
+                x, y, weight = tensors()
                 out = model(x, training=True)
                 return model.compute_loss(x=x, y=y, y_pred=out, sample_weight=weight)
 

@@ -23,6 +23,11 @@ class Known(NamedTuple):
     instead: Callable
 
 
+def _writes(case):
+    """Whether a layer assigns to weights and reads them in the same pass."""
+    return any("spectral" in b or b == "moving_average" for b in case.blocks)
+
+
 ALL = ("tensorflow", "jax", "torch")
 
 TABLE = [
@@ -37,6 +42,12 @@ TABLE = [
         ("torch",),
         lambda c: not c.seeded and not c.built,
         lambda c: {"built": True},
+    ),
+    Known(
+        "Keras on PyTorch: under mixed precision, what a layer assigns goes into a copy, and is lost",
+        ("torch",),
+        lambda c: c.dtype.startswith("mixed") and _writes(c),
+        lambda c: {"dtype": "float32"},
     ),
     Known(
         "Keras saves what LoRA makes of a kernel, not the two factors",
@@ -65,6 +76,11 @@ PLAIN_DIFFERS = [
         "Keras loses the masks of predictions in the metrics of training",
         ("jax",),
         lambda c: c.inputs == "tokens" and (c.metrics or c.weighted_metrics),
+    ),
+    (
+        "Keras multiplies sample weights by the mask in place: weighted metrics see the product",
+        ("torch",),
+        lambda c: c.inputs == "tokens" and c.sample_weight,
     ),
 ]
 
