@@ -385,8 +385,17 @@ class SharpnessAwareModel(engine.Trainer, keras.Model):
             carried, (result, left), outputs = run_parts(carried, batch)
             outcome = carried, (result, engine.mean_over_replicas(left, size)), outputs
         (noise, trackers), (result, (statistics, written)), (y_pred, masks) = outcome
-        self._commit(loss, State(noise, statistics, trackers), written, moved, result)
         engine.set_masks(y_pred, masks)  # Gradients, and parts put together, have lost them.
+        of_outputs = engine.losses_of_outputs(self.model) if self.num_micro_batches > 1 else []
+        if of_outputs:
+            # Compiled, Keras weighs them by batches: a part would count as much as a larger one.
+            engine.update_losses_of_outputs(self.model, y, y_pred, sample_weight)
+            done = {id(v) for metric in of_outputs for v in metric.variables}
+            trackers = [
+                None if id(v) in done else value
+                for v, value in zip(loss.variables.trackers, trackers, strict=True)
+            ]
+        self._commit(loss, State(noise, statistics, trackers), written, moved, result)
         return self._update_logs(x, y, y_pred, sample_weight, size, result, hyperparameters)
 
     def _run_method(self, loss, before, batch, hyperparameters):

@@ -6,6 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import scipy.sparse
 from keras import layers
 
 from keras_sharp import SharpnessAwareModel, methods
@@ -171,6 +172,21 @@ def test_class_weights_are_split_alike():
     assert_close(wrapper.model.variables, copy.variables)
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has no sparse inputs on PyTorch")
+def test_sparse_inputs_are_split_alike():
+    def build():
+        keras.utils.set_random_seed(0)
+        x = keras.Input((6,), sparse=True)
+        return keras.Model(x, layers.Dense(1)(x))
+
+    x = scipy.sparse.random(12, 6, 0.4, format="csr", random_state=0, dtype="float32")
+    y = np.random.default_rng(0).normal(size=(12, 1)).astype("float32")
+    wrapper, plain = pair(build, 3, methods.SAM(0.0))
+    for model in (wrapper, plain):
+        model.fit(x, y, batch_size=5, shuffle=False, verbose=0)
+    assert_close(wrapper.model.variables, plain.variables)
+
+
 def test_a_model_without_targets_is_split_alike():
     def build():
         keras.utils.set_random_seed(1)
@@ -264,6 +280,8 @@ def test_the_logs_of_each_output_count_every_example_once(examples):
     logs, expected = (model.fit(x, y, **options).history for model in (wrapper, plain))
     for name in ("loss", "a_loss", "b_loss"):
         np.testing.assert_allclose(logs[name], expected[name], rtol=1e-5, err_msg=name)
+    trackers = (m.metrics_variables for m in (wrapper.model, plain))
+    assert_close(*trackers)
 
 
 def test_a_last_batch_with_fewer_examples_than_parts_moves_seeds_once_per_example():

@@ -42,6 +42,19 @@ def test_loss_tracker_is_the_metric_behind_the_loss_in_the_logs():
     assert _keras.loss_tracker(model).name == "loss"
 
 
+def test_losses_of_outputs_are_updated_with_the_loss():
+    x = keras.Input((3,))
+    model = keras.Model(x, {"a": layers.Dense(1)(x), "b": layers.Dense(1)(x)})
+    model.compile("sgd", "mse")
+    y = {"a": np.ones((4, 1), "float32"), "b": np.zeros((4, 1), "float32")}
+    _keras.build_symbolically(model, (np.ones((4, 3), "float32"), y, None))
+    metrics = _keras.losses_of_outputs(model)
+    assert [m.name for m in metrics] == ["a_loss", "b_loss"], "see losses_of_outputs"
+    zeros = {name: keras.ops.zeros((4, 1)) for name in y}
+    _keras.update_losses_of_outputs(model, y, zeros, None)
+    assert [float(m.result()) for m in metrics] == [1.0, 0.0], "see update_losses_of_outputs"
+
+
 def test_build_symbolically_builds_model_losses_metrics_and_optimizer():
     model = keras.Sequential([layers.Dense(2)])
     model.compile("adam", "mse", metrics=["mae"])

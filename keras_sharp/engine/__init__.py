@@ -39,10 +39,12 @@ from keras_sharp.engine._keras import exchanging_variables as exchanging_variabl
 from keras_sharp.engine._keras import has_mask as has_mask
 from keras_sharp.engine._keras import is_validation_of_fit as is_validation_of_fit
 from keras_sharp.engine._keras import loss_tracker as loss_tracker
+from keras_sharp.engine._keras import losses_of_outputs as losses_of_outputs
 from keras_sharp.engine._keras import masks_of as masks_of
 from keras_sharp.engine._keras import set_masks as set_masks
 from keras_sharp.engine._keras import share_compiled_state as share_compiled_state
 from keras_sharp.engine._keras import stateless_scope as stateless_scope
+from keras_sharp.engine._keras import update_losses_of_outputs as update_losses_of_outputs
 
 if keras.backend.backend() == "tensorflow":
     from keras_sharp.engine import _tensorflow as _engine

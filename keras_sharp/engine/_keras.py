@@ -77,6 +77,22 @@ def loss_tracker(model):
     return model._loss_tracker
 
 
+def losses_of_outputs(model):
+    """The metrics behind `logs["a_loss"]`, of a model with several losses.
+
+    `model.metrics` lists them, among others. None if the model has a
+    `compute_loss` of its own, which may not use them.
+    """
+    if type(model).compute_loss is not keras.Model.compute_loss or model._compile_loss is None:
+        return []
+    return model._compile_loss.metrics
+
+
+def update_losses_of_outputs(model, y, y_pred, sample_weight):
+    """Update the metrics of `losses_of_outputs`: Keras does so when it computes the loss."""
+    model._compile_loss(y, y_pred, sample_weight)
+
+
 def build_symbolically(model, data):
     """Build model, losses, metrics and optimizer from the shapes of a batch.
 

@@ -255,7 +255,7 @@ def average_micro_batches(fn, carried, batch, num_micro_batches):
         # A last batch with fewer examples than parts leaves some parts empty.
         # Such a part computes an example again, and counts for nothing.
         first = tf.minimum(start, size - 1)
-        part = map_present(lambda t, a=first, b=first + tf.maximum(length, 1): t[a:b], batch)
+        part = map_present(lambda t, a=first, n=tf.maximum(length, 1): _rows(t, a, n), batch)
         after, averaged, output = fn(carried, part)
         counts = length > 0
         carried = keras.tree.map_structure(
@@ -266,6 +266,18 @@ def average_micro_batches(fn, carried, batch, num_micro_batches):
         outputs.append(map_present(lambda t, n=length: t[:n], output))
     outputs = keras.tree.map_structure(lambda *parts: tf.concat(parts, 0), *outputs)
     return carried, total, outputs
+
+
+def _rows(tensor, first, count):
+    """Some examples of a tensor, which may be sparse."""
+    if not isinstance(tensor, tf.SparseTensor):
+        return tensor[first : first + count]
+    _, *others = tensor.shape
+    first, count = (tf.cast([i], tf.int64) for i in (first, count))
+    shape = tensor.dense_shape[1:]
+    rows = tf.sparse.slice(tensor, tf.concat([first, 0 * shape], 0), tf.concat([count, shape], 0))
+    rows.set_shape([None, *others])
+    return rows
 
 
 def _first(batch):
