@@ -1,0 +1,75 @@
+"""Loss and gradient by TensorFlow's own tape, on the variables of a plain Keras model."""
+
+import math
+
+import tensorflow as tf
+
+
+def forward_and_gradient(model, batch, scale):
+    """One training pass, which moves statistics, seeds and trackers as in `fit`.
+
+    See `_torch.py`.
+    """
+    x, y, sample_weight = batch
+    weights = [v.value for v in model.trainable_variables]
+    with tf.GradientTape() as tape:
+        y_pred = model(x, training=True)
+        loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+        scaled = loss * tf.cast(scale, loss.dtype)
+    gradient = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(scaled, weights)]
+    return loss, y_pred, [None if g is None else g / tf.cast(scale, g.dtype) for g in gradient]
+
+
+def gradient(loss):
+    """The function `v -> ∇loss(v)` of one tensor."""
+
+    def at(v):
+        with tf.GradientTape() as tape:
+            tape.watch(v)
+            value = loss(v)
+        return tf.convert_to_tensor(tape.gradient(value, v))
+
+    return at
+
+
+def differentiable_gradient(loss):
+    """The function `v -> ∇loss(v)`, through which a gradient can be taken.
+
+    Some kernels of TensorFlow have wrong second derivatives, and this is what keras_sharp is
+    compared with: the product with the Hessian is a central difference of gradients.
+    """
+    first = gradient(loss)
+
+    @tf.custom_gradient
+    def at(v):
+        def pull(u):
+            h = 2e-3 * (1.0 + tf.norm(v)) / (tf.norm(u) + 1e-30)
+            return (first(v + h * u) - first(v - h * u)) / (2.0 * h)
+
+        return first(v), pull
+
+    return at
+
+
+def split(vector, shapes):
+    """The parts of a vector, in these shapes."""
+    sizes = [math.prod(s) for s in shapes]
+    parts = tf.split(vector, sizes)
+    return [tf.reshape(p, s) for p, s in zip(parts, shapes, strict=True)]
+
+
+def assigned(value, trained):
+    """What a pass reads of a variable after an assignment, which has no derivative.
+
+    Of a weight that is trained, the gradient is that by the new value.
+    """
+    value = tf.stop_gradient(value)
+    return value if trained is None else value + (trained - tf.stop_gradient(trained))
+
+
+def noise():
+    """The state of random numbers that are in no variable: there is none."""
+
+
+def set_noise(state):
+    del state

@@ -1,0 +1,100 @@
+"""What is not tried, and why: each line names whose fault it is."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tests.models import BACKEND
+
+
+class Known(NamedTuple):
+    """A combination that is left out.
+
+    Attributes:
+        reason: whose it is, and what happens.
+        backends: where.
+        applies: function of a case.
+        instead: the fields of a case that take its place.
+    """
+
+    reason: str
+    backends: tuple
+    applies: Callable
+    instead: Callable
+
+
+def _writes(case):
+    """Whether a layer assigns to weights and reads them in the same pass."""
+    return any("spectral" in b or b == "moving_average" for b in case.blocks)
+
+
+ALL = ("tensorflow", "jax", "torch")
+
+TABLE = [
+    Known(
+        "JAX has no float64 unless the whole program asks for it",
+        ("jax",),
+        lambda c: c.dtype == "float64",
+        lambda c: {"dtype": "float32"},
+    ),
+    Known(
+        "dropout without a seed, in a model that is not built, draws from PyTorch's generator",
+        ("torch",),
+        lambda c: not c.seeded and not c.built,
+        lambda c: {"built": True},
+    ),
+    Known(
+        "Keras on PyTorch: under mixed precision, what a layer assigns goes into a copy, and is lost",
+        ("torch",),
+        lambda c: c.dtype.startswith("mixed") and _writes(c),
+        lambda c: {"dtype": "float32"},
+    ),
+    Known(
+        "Keras saves what LoRA makes of a kernel, not the two factors",
+        ALL,
+        lambda c: c.resume and any("lora" in b for b in c.blocks),
+        lambda c: {"resume": False},
+    ),
+    Known(
+        "Keras: jit_compile on PyTorch is torch.compile, minutes per case",
+        ("torch",),
+        lambda c: c.mode == "xla",
+        lambda c: {"mode": "graph"},
+    ),
+    Known(
+        "Keras: steps_per_execution must be 1 on PyTorch",
+        ("torch",),
+        lambda c: c.steps_per_execution > 1,
+        lambda c: {"steps_per_execution": 1},
+    ),
+]
+
+
+#: Where plain Keras is no reference, and the formula takes its place: reason, backends, cases.
+PLAIN_DIFFERS = [
+    (
+        "Keras loses the masks of predictions in the metrics of training",
+        ("jax",),
+        lambda c: c.inputs == "tokens" and (c.metrics or c.weighted_metrics),
+    ),
+    (
+        "Keras multiplies sample weights by the mask in place: weighted metrics see the product",
+        ("torch",),
+        lambda c: c.inputs == "tokens" and c.sample_weight,
+    ),
+]
+
+
+def plain_differs(case):
+    """Whether plain Keras does something else, and not better."""
+    return any(BACKEND in backends and applies(case) for _, backends, applies in PLAIN_DIFFERS)
+
+
+def avoid(case):
+    """The case without what `TABLE` leaves out here, and the reasons."""
+    reasons = []
+    for entry in TABLE:
+        if BACKEND in entry.backends and entry.applies(case):
+            case = dataclasses.replace(case, **entry.instead(case))
+            reasons.append(entry.reason)
+    return case, reasons

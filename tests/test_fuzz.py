@@ -1,0 +1,22 @@
+"""The first cases of the fuzzer: see `tests/fuzz/`. `make fuzz` tries a thousand others."""
+
+import pytest
+
+from tests.fuzz import fuzzer, known
+from tests.fuzz.cases import generate
+from tests.models import BACKEND
+
+#: In groups, of which each tells of all its failures.
+GROUPS = [range(start, start + 6) for start in range(0, 60, 6)]
+
+
+@pytest.mark.parametrize("seeds", GROUPS, ids=lambda seeds: f"seeds {seeds[0]} to {seeds[-1]}")
+def test_random_programs_train_as_plain_keras_and_the_formulas_say(seeds):
+    failures = []
+    for seed in seeds:
+        case, _ = known.avoid(generate(seed))
+        text, _ = fuzzer.failure_of(case)
+        if text is not None:
+            line = f"python -m tests.fuzz --backend {BACKEND} --start {seed} --cases 1"
+            failures.append(f"{text}\nrepeat: {line}")
+    assert not failures, "\n\n".join(failures)
