@@ -51,4 +51,4 @@ class ASAM(SAM):
     def get_config(self):
         config = super().get_config()
         del config["neighborhood"]
-        return {**config, **self.neighborhood.get_config()}
+        return {**config, "eta": self.neighborhood.eta, "p": self.neighborhood.p}
