@@ -62,7 +62,6 @@ def _convolutions():
             kernel,
             {**kernel, "strides": 2, "padding": "same"},
             {**kernel, "dilation_rate": 2, "padding": "same"},
-            {**kernel, "groups": 2, "padding": "same"},
         )
         yield from _cases(f"Conv{rank}DTranspose", shape, kernel, {**kernel, "strides": 2})
         if rank < 3:
@@ -72,6 +71,7 @@ def _convolutions():
         yield from _cases(
             f"ConvLSTM{rank}D", (2, *([4] * rank), 2), {"filters": 2, "kernel_size": 2}
         )
+    yield from _cases("Conv2D", IMAGE, {"filters": 4, "kernel_size": 3, "groups": 2})
 
 
 def _pools():
