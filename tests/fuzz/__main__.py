@@ -8,11 +8,8 @@ the case once more without all that takes no part in the failure.
 """
 
 import argparse
-import collections
 import os
 import sys
-import time
-import traceback
 
 
 def main():
@@ -29,6 +26,10 @@ def main():
         os.environ["KERAS_BACKEND"] = args.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+    # Compiling takes most of the time, and what is compiled runs a few times only.
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
 
     from tests.fuzz import fuzzer  # Keras decides on its backend when it is imported.
 

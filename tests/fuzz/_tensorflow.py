@@ -1,8 +1,8 @@
 """Loss and gradient by TensorFlow's own tape, on the variables of a plain Keras model."""
 
-import math
-
 import tensorflow as tf
+
+from tests import models
 
 
 def forward_and_gradient(model, batch, scale):
@@ -16,20 +16,18 @@ def forward_and_gradient(model, batch, scale):
         y_pred = model(x, training=True)
         loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
         scaled = loss * tf.cast(scale, loss.dtype)
-    gradient = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(scaled, weights)]
+    gradient = tape.gradient(scaled, weights)
+    gradient = [None if g is None else tf.convert_to_tensor(g) for g in gradient]
     return loss, y_pred, [None if g is None else g / tf.cast(scale, g.dtype) for g in gradient]
 
 
-def gradient(loss):
-    """The function `v -> ∇loss(v)` of one tensor."""
-
-    def at(v):
-        with tf.GradientTape() as tape:
-            tape.watch(v)
-            value = loss(v)
-        return tf.convert_to_tensor(tape.gradient(value, v))
-
-    return at
+def value_and_gradient(loss, v):
+    """The value and the gradient of a function of one tensor, at an array."""
+    v = tf.convert_to_tensor(v)
+    with tf.GradientTape() as tape:
+        tape.watch(v)
+        value = loss(v)
+    return value, tf.convert_to_tensor(tape.gradient(value, v))
 
 
 def differentiable_gradient(loss):
@@ -38,24 +36,17 @@ def differentiable_gradient(loss):
     Some kernels of TensorFlow have wrong second derivatives, and this is what keras_sharp is
     compared with: the product with the Hessian is a central difference of gradients.
     """
-    first = gradient(loss)
 
     @tf.custom_gradient
     def at(v):
         def pull(u):
             h = 2e-3 * (1.0 + tf.norm(v)) / (tf.norm(u) + 1e-30)
-            return (first(v + h * u) - first(v - h * u)) / (2.0 * h)
+            ahead, behind = (value_and_gradient(loss, v + s * u)[1] for s in (h, -h))
+            return (ahead - behind) / (2.0 * h)
 
-        return first(v), pull
+        return value_and_gradient(loss, v)[1], pull
 
     return at
-
-
-def split(vector, shapes):
-    """The parts of a vector, in these shapes."""
-    sizes = [math.prod(s) for s in shapes]
-    parts = tf.split(vector, sizes)
-    return [tf.reshape(p, s) for p, s in zip(parts, shapes, strict=True)]
 
 
 def assigned(value, trained):
@@ -65,6 +56,17 @@ def assigned(value, trained):
     """
     value = tf.stop_gradient(value)
     return value if trained is None else value + (trained - tf.stop_gradient(trained))
+
+
+def apply(model, direction):
+    """Hand a direction, arrays or `None`, to the optimizer of the model."""
+    models.apply(model, direction)
+
+
+def update_metrics(model, update, arguments):
+    """Run a function that moves the metrics of a model."""
+    del model
+    update(*arguments)
 
 
 def noise():

@@ -3,6 +3,8 @@
 import keras
 import torch
 
+from tests import models
+
 
 def forward_and_gradient(model, batch, scale):
     """One training pass, which moves statistics, seeds and trackers as in `fit`.
@@ -44,13 +46,12 @@ def differentiable_gradient(loss):
     return at
 
 
-gradient = differentiable_gradient
-
-
-def split(vector, shapes):
-    """The parts of a vector, in these shapes."""
-    sizes = [int(torch.Size(s).numel()) for s in shapes]
-    return [p.reshape(s) for p, s in zip(vector.split(sizes), shapes, strict=True)]
+def value_and_gradient(loss, v):
+    """The value and the gradient of a function of one tensor, at a NumPy array."""
+    v = torch.as_tensor(v).requires_grad_()
+    with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        value = loss(v)
+        return value.detach(), torch.autograd.grad(value, v)[0]
 
 
 def assigned(value, trained):
@@ -60,6 +61,17 @@ def assigned(value, trained):
     """
     value = value.detach()
     return value if trained is None else value + (trained - trained.detach())
+
+
+def apply(model, direction):
+    """Hand a direction, arrays or `None`, to the optimizer of the model."""
+    models.apply(model, direction)
+
+
+def update_metrics(model, update, arguments):
+    """Run a function that moves the metrics of a model."""
+    del model
+    update(*arguments)
 
 
 def noise():

@@ -123,6 +123,7 @@ class Case:
     mode: str = "eager"  # or graph, xla
     steps_per_execution: int = 1
     # What is checked beside the numbers of one training
+    judged: bool = False
     again: bool = False
     resume: bool = False
     other_mode: bool = False
@@ -167,7 +168,7 @@ def generate(seed):
     if topology == "sequential" and (extra_input or len(heads) > 1):
         topology = "functional"
     method = r.choice([None, "sam", "sam", "asam", "gsam", "adaptive_gsam", "bsam"])
-    examples, batch_size = r.choice([(8, 4), (8, 4), (10, 4), (9, 4), (12, 6), (6, 6)])
+    examples, batch_size = r.choice([(8, 4)] * 4 + [(4, 4), (12, 6), (10, 4), (9, 4)])
     case = Case(
         seed=seed,
         inputs=inputs,
@@ -214,8 +215,9 @@ def generate(seed):
         epochs=r.choice([1, 1, 2]),
         mode=r.choice(["eager"] * 8 + ["graph", "xla"]),
         steps_per_execution=r.choice([1, 1, 1, 1, 2]),
-        again=chance(0.12),
-        resume=chance(0.2),
+        judged=chance(0.2),
+        again=chance(0.1),
+        resume=chance(0.15),
         other_mode=chance(0.06),
     )
     return sensible(case)

@@ -85,6 +85,7 @@ class _Hand:
         variables = [*model.trainable_variables, *model.non_trainable_variables]
         floats = [keras.backend.is_float_dtype(v.dtype) for v in variables]
         before, parts = values(variables), []
+        trackers = values(model.metrics_variables)
         for part in _split(batch, case.micro_batches, size):
             # Each part starts from the same weights and statistics; seeds and counters go on.
             for variable, value, is_float in zip(variables, before, floats, strict=True):
@@ -104,6 +105,8 @@ class _Hand:
             left = old if not finite else mean(new) if is_float else new[-1]
             variable.assign(np.asarray(left).astype(old.dtype))
         self.apply([mean(d) for d in zip(*(p["direction"] for p in parts), strict=True)], finite)
+        if case.micro_batches > 1:
+            assign(model.metrics_variables, trackers)
         self.report(batch, parts, mean([p["loss"] for p in parts]), size)
 
     def apply(self, direction, finite):
@@ -112,7 +115,7 @@ class _Hand:
         if not finite and not dynamic:
             return
         scale = self.scale() * (1.0 if finite else float("nan"))
-        models.apply(
+        adapter.apply(
             self.model,
             [
                 None if d is None else (scale * d).astype(v.dtype)
@@ -121,13 +124,25 @@ class _Hand:
         )
 
     def report(self, batch, parts, loss, size):
+        """Move the metrics, as plain training does after the whole batch."""
         model = self.model
-        x, y, weight = models.tensors(batch)
+        y_pred = keras.tree.map_structure(_concatenate, *(p["y_pred"] for p in parts))
+        masks = [getattr(t, "_keras_mask", None) for t in keras.tree.flatten(y_pred)]
         tracker = next(m for m in model.metrics if m.name == "loss")
-        tracker.update_state(ops.convert_to_tensor(loss, "float32"), sample_weight=size)
-        y_pred = keras.tree.map_structure(lambda *t: ops.concatenate(t), *(p["y_pred"] for p in parts))
-        _carry_masks(model, x, y_pred)
-        model.compute_metrics(x, y, y_pred, weight)
+
+        def update(x, y, again, weight, y_pred, masks, loss):
+            for t, mask in zip(keras.tree.flatten(y_pred), masks, strict=True):
+                if mask is not None:
+                    t._keras_mask = mask
+            if self.case.micro_batches > 1:  # The losses of each output are of the whole batch.
+                model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=again)
+            tracker.update_state(loss, sample_weight=size)
+            model.compute_metrics(x, y, y_pred, weight)
+
+        x, y, weight = models.tensors(copy.deepcopy(batch))
+        again = models.tensors(copy.deepcopy(batch[2]))
+        loss = ops.convert_to_tensor(loss, "float32")
+        adapter.update_metrics(model, update, (x, y, again, weight, y_pred, masks, loss))
         self.seen += size
         for name in parts[0]["extra"]:
             value = sum(p["size"] * p["extra"][name] for p in parts)
@@ -154,14 +169,10 @@ class _Hand:
         start = values(variables)
 
         used = [i for i, t in enumerate(g) if t is not None]
-        shapes = [tuple(variables[i].shape) for i in used]
-        w = _join([ops.convert_to_tensor(start[i]) for i in used])
-        g = _join([g[i] for i in used])
+        shapes = [start[i].shape for i in used]
+        w = models.flat([start[i] for i in used])
+        g = _flat([g[i] for i in used])
         seen = {}
-
-        def weights_of(v):
-            parts = adapter.split(v, shapes)
-            return [ops.cast(t, variables[i].dtype) for i, t in zip(used, parts, strict=True)]
 
         def rewind():
             assign(model.non_trainable_variables, before)
@@ -169,33 +180,38 @@ class _Hand:
 
         def gradient_at(v):
             rewind()
-            assign([variables[i] for i in used], weights_of(v))
+            for i, t in zip(used, models.like(v, [start[i] for i in used]), strict=True):
+                variables[i].assign(t.astype(start[i].dtype))
             seen["loss"], _, at = adapter.forward_and_gradient(model, tensors(), scale)
             assign(variables, start)
-            seen["gradient"] = _join([at[i] for i in used])
+            seen["gradient"] = _flat([at[i] for i in used])
             return seen["gradient"]
 
         def loss_at(v):
-            mapping = list(zip((variables[i] for i in used), weights_of(v), strict=True))
+            ends = np.cumsum([0, *(int(np.prod(s)) for s in shapes)])
+            mapping = [
+                (variables[i], ops.cast(ops.reshape(v[a:b], shape), variables[i].dtype))
+                for i, a, b, shape in zip(used, ends[:-1], ends[1:], shapes, strict=True)
+            ]
             with _Scope(state_mapping=mapping, collect_losses=True):
                 x, y, weight = tensors()
                 out = model(x, training=True)
                 return model.compute_loss(x=x, y=y, y_pred=out, sample_weight=weight)
 
-        region = _Region(case, [variables[i] for i in used], w)
+        region = _Region(case, [variables[i] for i in used])
 
         def adversary(rho):
             """The gradient at the adversary."""
             if not case.second_order:
-                return gradient_at(w + region.ascend(gradient_at, w, g, rho))
+                return gradient_at(w + region.ascend(gradient_at, w, g, rho, np))
             rewind()
             inner = adapter.differentiable_gradient(loss_at)
 
             def adversarial_loss(v):
-                return loss_at(v + region.ascend(inner, v, inner(v), rho))
+                return loss_at(v + region.ascend(inner, v, inner(v), rho, ops))
 
-            seen["gradient"] = adapter.gradient(adversarial_loss)(w)
-            seen["loss"] = adversarial_loss(w)
+            loss, at = adapter.value_and_gradient(adversarial_loss, w.astype(start[used[0]].dtype))
+            seen.update(loss=loss, gradient=_flat([at]))
             return seen["gradient"]
 
         direction = self.direction(adversary, g)
@@ -203,13 +219,16 @@ class _Hand:
         assign(model.metrics_variables, trackers)
         adapter.set_noise(noise_after)
 
-        finite = all(np.all(np.isfinite(ops.convert_to_numpy(t))) for t in (loss, g, direction, *seen.values()))
+        loss, seen = float(ops.convert_to_numpy(loss)), dict(seen)
+        if "loss" in seen:
+            seen["loss"] = float(ops.convert_to_numpy(seen["loss"]))
+        finite = all(np.all(np.isfinite(t)) for t in (loss, g, direction, *seen.values()))
         whole = [None] * len(variables)
-        for i, t in zip(used, adapter.split(direction, shapes), strict=True):
-            whole[i] = ops.convert_to_numpy(t)
+        for i, t in zip(used, models.like(direction, [start[i] for i in used]), strict=True):
+            whole[i] = t
         return {
             "size": len(keras.tree.flatten(batch[0])[0]),
-            "loss": float(ops.convert_to_numpy(loss)),
+            "loss": loss,
             "y_pred": y_pred,
             "direction": whole,
             "variables": [*start, *after],
@@ -218,10 +237,7 @@ class _Hand:
         }
 
     def extra_logs(self, loss, g, seen):
-        loss = float(ops.convert_to_numpy(loss))
-        perturbed = float(ops.convert_to_numpy(seen.get("loss", loss)))
-        g = np.asarray(ops.convert_to_numpy(g), "float64")
-        g_adv = np.asarray(ops.convert_to_numpy(seen.get("gradient", g)), "float64")
+        perturbed, g_adv = seen.get("loss", loss), seen.get("gradient", g)
         lengths = np.linalg.norm(g) * np.linalg.norm(g_adv)
         return {
             "perturbed_loss": perturbed,
@@ -240,85 +256,76 @@ class _Hand:
         if method == "bsam":
             down = adversary(-self.rho_min)
             up = adversary(self.rho)
-            return up + g - _quotient(_norm(up), _norm(down)) * down
+            return up + g - _quotient(np.linalg.norm(up), np.linalg.norm(down)) * down
         g_adv = adversary(self.rho)  # gsam, adaptive_gsam
-        parallel = _quotient(ops.sum(g * g_adv), ops.sum(g_adv * g_adv)) * g_adv
+        parallel = _quotient(g @ g_adv, g_adv @ g_adv) * g_adv
         return g_adv - 0.4 * (g - parallel)
 
 
 class _Region:
-    """Where the adversary may go, and how it climbs."""
+    """Where the adversary may go, and how it climbs; `xp` is NumPy or `keras.ops`."""
 
-    def __init__(self, case, variables, w):
-        name = {"asam": "adaptive", "adaptive_gsam": "weight_scaled"}.get(case.method, case.neighborhood)
-        self.name, self.steps = name, case.ascent_steps
+    def __init__(self, case, variables):
+        name = {"asam": "adaptive", "adaptive_gsam": "weight_scaled"}.get(case.method)
+        self.name, self.steps = name or case.neighborhood, case.ascent_steps
         bias = [v.name in ("bias", "beta") or v.name.endswith("_bias") for v in variables]
         part = [_takes_part(case.perturb, v) for v in variables]
         sizes = [int(np.prod(v.shape)) for v in variables]
-        dtype = keras.backend.standardize_dtype(w.dtype)
-        self.bias, self.part = (
-            ops.convert_to_tensor(np.repeat(flags, sizes).astype(dtype)) for flags in (bias, part)
-        )
-        self.p = {"ball_3": 3.0, "adaptive_3": 3.0, "ball_inf": np.inf}.get(name, 2.0)
+        dtype = keras.backend.standardize_dtype(variables[0].dtype)
+        self.bias, self.part = (np.repeat(flags, sizes).astype(dtype) for flags in (bias, part))
+        self.p = {"ball_3": 3.0, "adaptive_3": 3.0, "ball_inf": np.inf}.get(self.name, 2.0)
 
-    def scale(self, w):
-        if self.name.startswith("adaptive"):
-            return self.bias + (1.0 - self.bias) * (ops.abs(w) + 0.01)
-        if self.name == "weight_scaled":
-            return ops.abs(w) + 0.01
-        return ops.ones_like(w)
+    def ascend(self, gradient_at, w, g, rho, xp):
+        """The perturbation."""
+        e = self.climb(g, w, rho, xp)
+        for _ in range(self.steps - 1):
+            g = gradient_at(w + e)
+            e = self.project(e + self.climb(g, w, rho, xp), w, abs(rho), xp)
+        return e
 
-    def climb(self, g, w, rho):
-        g, scale = g * self.part, self.scale(w)
+    def climb(self, g, w, rho, xp):
+        """One step to the border of the region."""
+        part = self.part if xp is np else ops.convert_to_tensor(self.part)
+        g, scale = g * part, self.scale(w, xp)
         if self.name == "unnormalized":
             return rho * g
         if self.name == "weight_scaled":
-            return rho * scale * _over_norm(g)
-        return rho * scale * _steepest(scale * g, self.p)
+            return rho * scale * _steepest(g, 2.0, xp)
+        return rho * scale * _steepest(scale * g, self.p, xp)
 
-    def project(self, e, w, rho):
+    def project(self, e, w, rho, xp):
+        """The point of the region that is nearest to `e`."""
         if self.name == "unnormalized":
             return e
-        scale = self.scale(w)
+        scale = self.scale(w, xp)
         if np.isinf(self.p):
-            return scale * ops.minimum(ops.maximum(e / scale, -rho), rho)
-        size = _p_norm(e / scale, self.p)
-        return e * (rho / size) if float(ops.convert_to_numpy(size.detach() if BACKEND == "torch" else size)) > rho else e  # noqa: E501
+            return scale * xp.minimum(xp.maximum(e / scale, -rho), rho)
+        size = xp.sum((xp.abs(e / scale) + 1e-30) ** self.p) ** (1.0 / self.p)
+        return e * xp.where(size > rho, rho / size, xp.ones_like(size))
 
-    def ascend(self, gradient_at, w, g, rho):
-        """The perturbation."""
-        e = self.climb(g, w, rho)
-        for _ in range(self.steps - 1):
-            g = gradient_at(w + e)
-            e = self.project(e + self.climb(g, w, rho), w, abs(rho))
-        return e
+    def scale(self, w, xp):
+        """What counts as a change of 1."""
+        bias = self.bias if xp is np else ops.convert_to_tensor(self.bias)
+        if self.name.startswith("adaptive"):
+            return bias + (1.0 - bias) * (xp.abs(w) + 0.01)
+        if self.name == "weight_scaled":
+            return xp.abs(w) + 0.01
+        return xp.ones_like(w)
 
 
-def _steepest(g, p):
+def _steepest(g, p, xp):
     """The vector of p-norm 1 along which a function with the gradient `g` rises most."""
     if p == 2.0:
-        return _over_norm(g)
+        return g / xp.sqrt(xp.sum(g * g) + 1e-30)
     if np.isinf(p):
-        return ops.sign(g)
+        return xp.sign(g)
     q = p / (p - 1.0)
-    size = ops.abs(g) + 1e-30
-    return ops.sign(g) * size ** (q - 1.0) / ops.sum(size**q) ** (1.0 / p)
-
-
-def _over_norm(g):
-    return g / ops.sqrt(ops.sum(g * g) + 1e-30)
-
-
-def _norm(t):
-    return ops.sqrt(ops.sum(t * t))
-
-
-def _p_norm(t, p):
-    return ops.sqrt(ops.sum(t * t) + 1e-30) if p == 2.0 else ops.sum(ops.abs(t) ** p) ** (1.0 / p)
+    size = xp.abs(g) + 1e-30
+    return xp.sign(g) * size ** (q - 1.0) / xp.sum(size**q) ** (1.0 / p)
 
 
 def _quotient(a, b):
-    return a / b if float(ops.convert_to_numpy(b)) else 0.0 * a
+    return a / b if b else 0.0
 
 
 def _takes_part(perturb, variable):
@@ -333,10 +340,8 @@ def _takes_part(perturb, variable):
     }[perturb]
 
 
-def _join(tensors):
-    # Under a policy of float64, the weights of LoRA have float32.
-    dtype = keras.backend.result_type(*(keras.backend.standardize_dtype(t.dtype) for t in tensors))
-    return ops.concatenate([ops.reshape(ops.cast(t, dtype), (-1,)) for t in tensors])
+def _flat(tensors):
+    return models.flat([ops.convert_to_numpy(t) for t in tensors])
 
 
 def _split(batch, number, size):
@@ -359,12 +364,10 @@ class _Scope(keras.StatelessScope):
         super().add_update((variable, adapter.assigned(value, trained)))
 
 
-def _carry_masks(model, x, y_pred):
-    """Give predictions the masks that an eager call finds."""
-    before = values(model.non_trainable_variables)
-    found = model(x, training=False)
-    assign(model.non_trainable_variables, before)  # Recurrent dropout draws even then.
-    for t, other in zip(keras.tree.flatten(y_pred), keras.tree.flatten(found), strict=True):
-        mask = getattr(other, "_keras_mask", None)
-        if mask is not None:
-            t._keras_mask = mask
+def _concatenate(*tensors):
+    """Predictions of the parts put together, with their masks."""
+    whole = ops.concatenate(tensors)
+    masks = [getattr(t, "_keras_mask", None) for t in tensors]
+    if masks[0] is not None:
+        whole._keras_mask = ops.concatenate(masks)
+    return whole

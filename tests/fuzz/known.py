@@ -62,6 +62,12 @@ TABLE = [
         lambda c: {"mode": "graph"},
     ),
     Known(
+        "JAX compiles each operation by itself where it runs eagerly: a minute per case",
+        ("jax",),
+        lambda c: c.mode == "eager" and c.seed % 50,
+        lambda c: {"mode": "graph"},
+    ),
+    Known(
         "Keras: steps_per_execution must be 1 on PyTorch",
         ("torch",),
         lambda c: c.steps_per_execution > 1,

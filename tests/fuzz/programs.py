@@ -225,7 +225,7 @@ def compile_arguments(case, mode=None):
         "metrics": metrics(0) if case.metrics else None,
         "weighted_metrics": metrics(1) if case.weighted_metrics else None,
         "run_eagerly": mode == "eager",
-        "jit_compile": mode == "xla",
+        "jit_compile": mode == "xla" or (mode == "graph" and BACKEND == "jax"),
         "steps_per_execution": case.steps_per_execution if mode != "eager" else 1,
     }
 
