@@ -50,8 +50,9 @@ class Change(NamedTuple):
 
     @property
     def is_rounding(self):
-        """Whether it may be wrong by more than a tenth, and not by its spread alone."""
-        return self.error > _TOLERANCE * max(abs(self.value), self.spread)
+        """Whether it may be wrong by more than a tenth, and its spread does not tell."""
+        # What is independent from sample to sample is in the spread.
+        return self.error > max(_TOLERANCE * abs(self.value), 3 * self.spread)
 
 
 def unit(dtype):
