@@ -249,7 +249,7 @@ def test_adaptive_sharpness_does_not_depend_on_how_the_units_are_scaled(name, ne
     # The region of training has a size of its own, and the ball anyhow.
     for neighborhood in (neighborhoods.AdaptiveBall(), "euclidean"):
         before, after = (found(c, neighborhood) for c in (one, other))
-        assert abs(after - before) > 0.05 * before
+        assert abs(after - before) > 0.01 * before  # Ten times what passes above.
 
 
 @AS_WRITTEN
