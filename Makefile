@@ -22,7 +22,7 @@ BACKENDS = $(foreach b,$(BACKEND),--backend $(b))
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick lint format bench reproduce constraints clean distclean
+.PHONY: help install demo test quick fuzz lint format bench reproduce constraints clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,11 @@ test: lint ## lint, then the tests on every backend (BACKEND=jax for one)
 
 quick: lint ## as test, without the slow tests
 	$(PY) tests/run.py --quick $(BACKENDS) $(ARGS)
+
+fuzz: $(INSTALLED) ## train 1,000 random models on each backend (BACKEND=jax ARGS="--start 5000")
+	for backend in $(or $(BACKEND),tensorflow jax torch); do \
+	  $(PY) -m tests.fuzz --backend $$backend $(ARGS) || failed=1; \
+	done; exit $${failed:-0}
 
 lint: $(INSTALLED) ## check style and types
 	$(PY) -m ruff check .

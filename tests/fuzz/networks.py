@@ -76,7 +76,8 @@ class Penalty(layers.Layer):
         self.supports_masking = True
 
     def call(self, x):
-        self.add_loss(0.1 * ops.mean(ops.square(x)))
+        # In float16, Keras could not add it to the rest of the loss on TensorFlow.
+        self.add_loss(0.1 * ops.mean(ops.square(ops.cast(x, "float32"))))
         return x
 
 
