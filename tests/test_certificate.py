@@ -242,8 +242,10 @@ def test_no_dtype_raises_a_false_alarm(operator, policy):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="A product")
         certificate = operator(model, *data()).certificate
-    float64 = 1.1e-2 if BACKEND == "jax" else 4.8e-7  # JAX has none, unless told.
-    assert certificate.tolerance == pytest.approx({"float64": float64}.get(policy, 0.3), rel=0.1)
+    # With Keras 3.15, float64 is computed in float32 here and there, but for TensorFlow.
+    float64 = 4.8e-7 if BACKEND == "tensorflow" else 1.1e-2
+    expected = {"float64": float64, "mixed_bfloat16": 0.1}[policy]
+    assert certificate.tolerance == pytest.approx(expected, rel=0.1)
 
 
 @both

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_sharp import engine
 
@@ -36,7 +37,8 @@ class Certificate(NamedTuple):
             NaN where it did not matter.
         asymmetry: Float, by how much `u' H v` and `v' H u` differ.
         tolerance: Float, the error that passes. It depends on the dtypes in
-            which the model computes: `1e-2` in float32, `5e-7` in float64.
+            which the model computes: `1e-2` in float32, `5e-7` in float64, `0.1` in
+            half precision.
     """
 
     verified: bool
@@ -99,7 +101,7 @@ def certify(product, gradient, w, variables, model, factor):
         ValueError: if the product is wrong.
     """
     eps = _precision(model, variables, w)
-    tolerance, step = min(32 * eps**0.5, 0.3), min(factor * eps**0.5, 0.1)
+    tolerance, step = min(32 * eps**0.5, 0.1), min(factor * eps**0.5, 0.1)
     h = step * (float(np.sqrt(np.mean(np.square(w, dtype="float64")))) or 1.0)
     layers = _Layers(variables)
     u, v = np.random.default_rng(0).standard_normal((2, w.size))
@@ -162,7 +164,15 @@ def _precision(model, variables, w):
     names = {keras.backend.standardize_dtype(v.dtype) for v in variables}
     names.add(str(w.dtype))  # JAX has float32 in place of float64, unless told otherwise.
     names |= {layer.compute_dtype for layer in [model, *engine.all_layers(model)]}
+    if names == {"float64"}:
+        # On JAX and PyTorch, some operations of Keras 3.15 return float32 all the same.
+        ones = ops.convert_to_tensor(np.ones((1, 1)), dtype="float64")
+        names |= {keras.backend.standardize_dtype(op(ones).dtype) for op in (ops.mean, _squared)}
     return max(_EPS.get(name, 0.0) for name in names)
+
+
+def _squared(matrix):
+    return ops.matmul(matrix, matrix)
 
 
 class _Layers:
