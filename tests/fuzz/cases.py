@@ -135,7 +135,9 @@ class Case:
 
     @classmethod
     def from_json(cls, text):
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()})
+        return cls(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        )
 
     def features(self):
         """The names of what this case tries, for the summary."""
@@ -182,9 +184,7 @@ def generate(seed):
         seeded=chance(0.7),
         regularizer=chance(0.15, r.choice(["l1", "l2", "l1l2", "orthogonal"]), None),
         constraint=chance(0.1, r.choice(["max_norm", "unit_norm", "non_neg"]), None),
-        dtype=chance(
-            0.75, "float32", r.choice(["mixed_float16", "mixed_bfloat16", "float64"])
-        ),
+        dtype=chance(0.75, "float32", r.choice(["mixed_float16", "mixed_bfloat16", "float64"])),
         method=method,
         rho=chance(0.45, 0.0, r.choice([0.05, 0.1, 0.3])),
         scheduled=chance(0.1),
