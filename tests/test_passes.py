@@ -78,6 +78,19 @@ class Quantized(layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="tests")
+class Centered(layers.Layer):
+    """Subtracts a moving mean, which it reads after it has moved it."""
+
+    def build(self, shape):
+        self.mean = self.add_weight(shape=(shape[-1],), trainable=False, name="mean")
+
+    def call(self, x, training=None):
+        if training:
+            self.mean.assign(0.5 * self.mean + 0.5 * ops.mean(x, 0))
+        return x - self.mean
+
+
+@keras.saving.register_keras_serializable(package="tests")
 class WeightNorm(layers.Layer):
     """A dense layer whose kernel it divides by its norm in each training pass."""
 
@@ -111,6 +124,7 @@ WRITERS = {
     ],
     "clipped": lambda: [layers.Dense(3, "tanh"), Clipped()],
     "weight_norm": lambda: [WeightNorm(), layers.Dense(1)],
+    "centered": lambda: [layers.Dense(3, "tanh"), Centered(), layers.Dense(1)],
     "quantized": lambda: [layers.Dense(3), Quantized(), layers.Dense(1)],
     "frozen": frozen,
 }

@@ -133,7 +133,9 @@ def test_training_scope_sees_what_a_layer_writes_into_a_weight():
     weight, other = (keras.Variable(np.ones(2, "float32")) for _ in range(2))
     value = keras.ops.convert_to_tensor(np.array([3.0, 4.0], "float32"))
     scope = _keras.TrainingScope(
-        [(weight, value)], [(other, value)], lambda w, new: (new + 10 * w, new)
+        [(weight, value)],
+        [(other, value)],
+        lambda w, new: (new, new) if w is None else (new + 10 * w, new),
     )
     with scope:
         other.assign(value + 1)

@@ -26,7 +26,7 @@ Each engine file provides the same few names:
 | `global_seeds`, `random_state`, `set_random_state` | random numbers outside the model |
 | `own_random_numbers(model)` | let a model draw from seeds that it holds |
 | `check_layers(model)` | refuse layers that the engine cannot differentiate |
-| `write(weight, value)` | what an assignment to a weight in a pass means |
+| `write(weight, value)` | what an assignment in a pass means |
 """
 
 import keras

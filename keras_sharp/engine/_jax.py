@@ -261,10 +261,10 @@ def read(variable):
 
 
 def write(weight, value):
-    """What the rest of a pass reads of a weight that a layer has written, and what is left in it.
+    """What the rest of a pass reads of a variable that a layer has written, and what is left in it.
 
-    Plain training on JAX differentiates through the assignment, and then
-    forgets it: nothing is left.
+    Plain training on JAX differentiates through the assignment. One to a
+    weight it then forgets: nothing is left.
     """
     del weight
     return value, None

@@ -30,17 +30,18 @@ def _fill(scope, mapping):
 
 
 class TrainingScope(keras.StatelessScope):
-    """A stateless scope for a pass whose layers may write to the weights that are trained.
+    """A stateless scope in which assignments mean what they mean in plain training.
 
-    Some do: `SpectralNormalization` puts the normalized kernel into its
-    variable. Every assignment in a scope goes through `add_update`.
+    Layers may write to the weights that are trained: `SpectralNormalization`
+    puts the normalized kernel into its variable. And they may read what they
+    have written. Every assignment in a scope goes through `add_update`.
 
     Args:
         weights: pairs of a trained variable and a tensor.
         others: pairs of any other variable and a tensor.
-        write: function of such a tensor and the assigned value that returns
-            what the rest of the pass reads, and what training leaves in the
-            variable.
+        write: function of such a tensor, `None` for any other variable, and
+            the assigned value. It returns what the rest of the pass reads, and
+            what training leaves in the weight.
     """
 
     def __init__(self, weights, others, write):
@@ -53,8 +54,10 @@ class TrainingScope(keras.StatelessScope):
 
     def add_update(self, update):
         variable, value = update
-        if id(variable) in self._trained:
-            value, self.written[id(variable)] = self._write(self._trained[id(variable)], value)
+        weight = self._trained.get(id(variable))
+        value, left = self._write(weight, value)
+        if weight is not None:
+            self.written[id(variable)] = left
         super().add_update((variable, value))
 
 

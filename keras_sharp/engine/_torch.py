@@ -317,13 +317,13 @@ def read(variable):
 
 
 def write(weight, value):
-    """What the rest of a pass reads of a weight that a layer has written, and what is left in it.
+    """What the rest of a pass reads of a variable that a layer has written, and what is left in it.
 
-    As in plain training an assignment has no derivative: the gradient is that
-    by the new value.
+    As in plain training an assignment has no derivative: the gradient by a
+    weight is that by its new value. `weight` is `None` for other variables.
     """
     value = value.detach()
-    return value + (weight - weight.detach()), value
+    return value if weight is None else value + (weight - weight.detach()), value
 
 
 def compiled(fn):
