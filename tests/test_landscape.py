@@ -353,32 +353,24 @@ def test_a_slice_of_an_attention_does_not_depend_on_how_queries_and_keys_are_sca
     assert np.ptp(before) > 1e-2
 
 
-@AS_WRITTEN
-@pytest.mark.parametrize(
-    ("layer", "shape"),
-    [
-        (lambda: L.Conv2D(3, 3, use_bias=False), (1, 1, 1, 3)),
-        (lambda: L.DepthwiseConv2D(3, use_bias=False), (1, 1, 3, 1)),
-        (lambda: L.Conv2DTranspose(3, 3, use_bias=False), (1, 1, 3, 1)),
-    ],
-)
-def test_a_slice_does_not_depend_on_the_scale_of_filters_before_a_batchnormalization(layer, shape):
+def test_a_slice_does_not_depend_on_the_scale_of_filters_before_a_batchnormalization():
     keras.utils.set_random_seed(0)
-    convolution, normalization = layer(), L.BatchNormalization(epsilon=1e-7)
-    inner = [convolution, normalization, L.Activation("tanh"), L.Flatten(), L.Dense(1)]
-    model = keras.Sequential([keras.Input((4, 4, 3)), *inner])
+    depthwise, normalization = L.DepthwiseConv1D(2, use_bias=False), L.BatchNormalization(epsilon=0)
+    inner = [depthwise, normalization, L.Activation("tanh"), L.Flatten(), L.Dense(1)]
+    model = keras.Sequential([keras.Input((4, 3)), *inner])
     model.compile("sgd", "mse")
-    x, y = np.random.default_rng(0).normal(size=(8, 4, 4, 3)), np.ones((8, 1))
+    x, y = np.random.default_rng(0).normal(size=(8, 4, 3)), np.ones((8, 1))
     before = landscape.line(model, x, y, num_points=3).losses
     c = np.array([10.0, 0.1, 3.0])
     for variable, factor in [
-        (convolution.trainable_variables[0], c.reshape(shape)),
+        (depthwise.kernel, c[:, None]),
         (normalization.moving_mean, c),
         (normalization.moving_variance, c**2),
     ]:
         variable.assign(values([variable])[0] * factor)
     after = landscape.line(model, x, y, num_points=3).losses
     np.testing.assert_allclose(after, before, rtol=1e-4)
+    assert np.ptp(before) > 1e-2
 
 
 def test_the_slopes_of_a_prelu_are_no_filters():
