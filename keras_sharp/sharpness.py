@@ -553,9 +553,7 @@ def _start(surface, gradient=True):
 
 def _slopes(surface, w, e):
     """How fast the loss rises along `e`, half the way and at its end."""
-    ways = (vectors.add_scaled(w, t, e) for t in (0.5, 1.0))
-    gradients = (surface.loss_and_gradient(way).gradient for way in ways)
-    return [float(ops.convert_to_numpy(vectors.dot(gradient, e))) for gradient in gradients]
+    return [surface.slope(vectors.add_scaled(w, t, e), e) for t in (0.5, 1.0)]
 
 
 class _Adversary:

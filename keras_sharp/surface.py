@@ -121,6 +121,24 @@ class LossSurface:
         Returns:
             An `Evaluation`, the pair `(loss, gradient)`: a float, and a list.
         """
+        loss, gradient = self._loss_and_gradient_at(w, state)
+        return Evaluation(loss, vectors.Vector(gradient))
+
+    def slope(self, w, direction, state=None):
+        """How fast the loss rises along a direction at the weights `w`.
+
+        Args:
+            w: see `loss`.
+            direction: list of tensors like `w`.
+            state: see `loss`.
+
+        Returns:
+            Float, the inner product of gradient and direction.
+        """
+        _, gradient = self._loss_and_gradient_at(w, state)
+        return float(ops.convert_to_numpy(vectors.dot(gradient, direction)))
+
+    def _loss_and_gradient_at(self, w, state):
         state, losses = self.state if state is None else state, []
 
         def evaluate(batch):
@@ -129,7 +147,7 @@ class LossSurface:
             return gradient
 
         gradient = self.over_batches(evaluate)
-        return Evaluation(self._total_loss(losses), vectors.Vector(gradient))
+        return self._total_loss(losses), gradient
 
     def check(self):
         """Refuse a loss that is not finite, or is another one the next time.

@@ -137,6 +137,16 @@ def test_the_gradient_is_that_of_the_loss():
     models.assert_close(surface.loss_and_gradient(surface.weights).gradient, expected)
 
 
+def test_the_slope_is_the_gradient_along_a_direction():
+    model = compiled(models.mlp())
+    _, gradient = models.loss_and_gradient(model, *SMALL)
+    surface = LossSurface(model, *SMALL, batch_size=4)
+    direction = [np.sin(np.arange(g.size)).reshape(g.shape) for g in map(np.asarray, gradient)]
+    expected = sum(np.sum(g * d) for g, d in zip(gradient, direction, strict=True))
+    tensors = [ops.convert_to_tensor(d, "float32") for d in direction]
+    assert surface.slope(surface.weights, tensors) == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_loss_at_other_weights_is_that_of_a_model_with_those_weights():
     model, other = models.twins(models.batchnorm_net)
     compiled(model), compiled(other)
