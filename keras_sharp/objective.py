@@ -156,7 +156,10 @@ class Objective:
 
 def compute_loss(model, x, y, y_pred, sample_weight, training):
     """What `model.compute_loss` gives, regularizers and `add_loss` included."""
-    kwargs = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": sample_weight}
+    # A copy: on PyTorch, Keras multiplies the weights by the mask in place, and the next pass would
+    # see them multiplied once more.
+    weight = keras.tree.map_structure(lambda t: None if t is None else ops.copy(t), sample_weight)
+    kwargs = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": weight}
     if _knows_training(type(model)):  # type: ignore[arg-type]  # Classes can be hashed.
         kwargs["training"] = training
     return model.compute_loss(**kwargs)

@@ -291,6 +291,20 @@ def test_metrics_of_training_leave_masked_steps_out(build, parts):
         np.testing.assert_allclose(float(logs[name]), expected[name], rtol=1e-5, err_msg=name)
 
 
+def test_all_passes_see_the_same_sample_weights():
+    """On PyTorch, Keras multiplies them in place by the mask."""
+    model = tagger()
+    wrapper = SharpnessAwareModel(model, methods.SAM(0.0), extra_logs=["perturbed_loss"])
+    wrapper.compile(keras.optimizers.SGD(0.1), "mse")
+    x, y = tokens_and_targets(model)
+    given = np.random.default_rng(0).uniform(size=x.shape).astype("float32")
+    weight = given.copy()
+    options = {"batch_size": 6, "shuffle": False, "verbose": 0}
+    logs = wrapper.fit(x, y, sample_weight=weight, **options).history
+    np.testing.assert_allclose(logs["perturbed_loss"], logs["loss"], rtol=1e-6)
+    np.testing.assert_array_equal(weight, given)
+
+
 # Random numbers
 
 
