@@ -19,7 +19,9 @@ def forward_and_gradient(model, batch, scale):
     if model not in _compiled:
         _compiled[model] = jax.jit(_pass_of(weakref.proxy(model)))
     (_, (loss, y_pred, masks, state, trackers)), gradient = _compiled[model](
-        *([v.value for v in group] for group in _groups(model)), batch, jnp.asarray(scale, "float32")
+        *([v.value for v in group] for group in _groups(model)),
+        batch,
+        jnp.asarray(scale, "float32"),
     )
     assign(model.non_trainable_variables, state)
     assign(model.metrics_variables, trackers)

@@ -135,7 +135,9 @@ class Case:
 
     @classmethod
     def from_json(cls, text):
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()})
+        return cls(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        )
 
     def features(self):
         """The names of what this case tries, for the summary."""
@@ -182,9 +184,7 @@ def generate(seed):
         seeded=chance(0.7),
         regularizer=chance(0.15, r.choice(["l1", "l2", "l1l2", "orthogonal"]), None),
         constraint=chance(0.1, r.choice(["max_norm", "unit_norm", "non_neg"]), None),
-        dtype=chance(
-            0.75, "float32", r.choice(["mixed_float16", "mixed_bfloat16", "float64"])
-        ),
+        dtype=chance(0.75, "float32", r.choice(["mixed_float16", "mixed_bfloat16", "float64"])),
         method=method,
         rho=chance(0.45, 0.0, r.choice([0.05, 0.1, 0.3])),
         scheduled=chance(0.1),
@@ -257,6 +257,24 @@ def sensible(case):
         found = [i for i, b in enumerate(case.blocks) if b in RECURRENT]
         changes["blocks"] = tuple(b for i, b in enumerate(case.blocks) if i not in found[1:])
     return dataclasses.replace(case, **changes)
+
+
+def lean(case):
+    """The case at a fraction of its cost, for tests where compiling takes most of the time."""
+    return dataclasses.replace(
+        case,
+        blocks=case.blocks[:2],
+        ascent_steps=min(2, case.ascent_steps),
+        micro_batches=min(2, case.micro_batches),
+        examples=8,
+        batch_size=4,
+        epochs=1,
+        validation=False,
+        again=False,
+        other_mode=False,
+        judged=case.seed % 10 == 0,
+        resume=case.seed % 10 == 5,
+    )
 
 
 def simpler(case):

@@ -56,7 +56,9 @@ class _Hand:
         self.seen, self.extra = 0, {}
 
     def logs(self):
-        logs = {k: np.array(ops.convert_to_numpy(v)) for k, v in self.model.get_metrics_result().items()}
+        logs = {
+            k: np.array(ops.convert_to_numpy(v)) for k, v in self.model.get_metrics_result().items()
+        }
         if self.case.extra_logs:
             logs.update({k: np.array(v / self.seen) for k, v in self.extra.items()})
         if self.case.method is not None:

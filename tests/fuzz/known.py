@@ -44,7 +44,7 @@ TABLE = [
         lambda c: {"built": True},
     ),
     Known(
-        "Keras on PyTorch: under mixed precision, what a layer assigns goes into a copy, and is lost",
+        "Keras on PyTorch: in mixed precision, what a layer assigns goes into a copy, and is lost",
         ("torch",),
         lambda c: c.dtype.startswith("mixed") and _writes(c),
         lambda c: {"dtype": "float32"},

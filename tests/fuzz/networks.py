@@ -138,7 +138,9 @@ def trunk(case):
 
 
 def _embedding(case):
-    return layers.Embedding(WORDS, UNITS, mask_zero=True, name="embedding", **_penalties(case, "embeddings"))
+    return layers.Embedding(
+        WORDS, UNITS, mask_zero=True, name="embedding", **_penalties(case, "embeddings")
+    )
 
 
 def _penalties(case, name="kernel"):
@@ -232,7 +234,9 @@ def heads(case):
     made = {}
     for i, head in enumerate(case.heads):
         units = CLASSES if "classes" in head else 1 if head == "binary" else 2
-        activation = {"binary": "sigmoid", "classes": "softmax", "steps_classes": "softmax"}.get(head)
+        activation = {"binary": "sigmoid", "classes": "softmax", "steps_classes": "softmax"}.get(
+            head
+        )
         dtype = "float64" if case.dtype == "float64" else "float32"
         layer = layers.Dense(units, activation, name=f"out_{i}", dtype=dtype)
         made[f"out_{i}"] = layer

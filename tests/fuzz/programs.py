@@ -212,7 +212,9 @@ def compile_arguments(case, mode=None):
         chosen = []
         for head in case.heads:
             names = METRICS[head]
-            chosen.append([names[(case.seed + offset + j) % len(names)] for j in range(min(2, len(names)))])
+            chosen.append(
+                [names[(case.seed + offset + j) % len(names)] for j in range(min(2, len(names)))]
+            )
         made = [[_METRIC_CLASSES[n]() if n in _METRIC_CLASSES else n for n in ns] for ns in chosen]
         return _per_output(case, made)
 
@@ -239,9 +241,7 @@ def train(model, case, data, validation=None):
         logs = []
         for _ in range(case.epochs):
             for x, y, weight in data.batches(case.batch_size):
-                logs.append(
-                    model.train_on_batch(x, y, sample_weight=weight, return_dict=True)
-                )
+                logs.append(model.train_on_batch(x, y, sample_weight=weight, return_dict=True))
         return [{k: np.array(v) for k, v in one.items()} for one in copy.copy(logs)]
     kwargs = fit_arguments(case, data)
     if case.validation:
