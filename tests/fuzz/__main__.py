@@ -20,6 +20,7 @@ def main():
     parser.add_argument("--cases", type=int, default=1000, help="how many; default: 1000")
     parser.add_argument("--start", type=int, default=0, help="the seed of the first; default: 0")
     parser.add_argument("--case", help="one case as JSON, in place of seeds")
+    parser.add_argument("--lean", action="store_true", help="at a fraction of the cost")
     parser.add_argument("--no-shrink", action="store_true", help="leave failing cases as they are")
     args = parser.parse_args()
     if args.backend:

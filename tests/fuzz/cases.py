@@ -259,6 +259,24 @@ def sensible(case):
     return dataclasses.replace(case, **changes)
 
 
+def lean(case):
+    """The case at a fraction of its cost, for tests where compiling takes most of the time."""
+    return dataclasses.replace(
+        case,
+        blocks=case.blocks[:2],
+        ascent_steps=min(2, case.ascent_steps),
+        micro_batches=min(2, case.micro_batches),
+        examples=8,
+        batch_size=4,
+        epochs=1,
+        validation=False,
+        again=False,
+        other_mode=False,
+        judged=case.seed % 10 == 0,
+        resume=case.seed % 10 == 5,
+    )
+
+
 def simpler(case):
     """Cases with one feature less."""
     for i in range(len(case.blocks)):

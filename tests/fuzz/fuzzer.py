@@ -10,8 +10,8 @@ import warnings
 import keras
 
 from tests.fuzz import known
-from tests.fuzz.cases import Case, generate, shrink
-from tests.fuzz.oracles import check
+from tests.fuzz.cases import Case, generate, lean, sensible, shrink
+from tests.fuzz.oracles import Checker, check
 from tests.models import BACKEND
 
 
@@ -28,7 +28,20 @@ def failure_of(case):
             where = traceback.extract_tb(error.__traceback__)[-1]
             last = str(error).strip().splitlines() or [""]
             text = f"{type(error).__name__}: {last[0][:300]} ({where.filename}:{where.lineno})"
+            if _plain_raises(case, type(error)):
+                text += "\nPlain Keras raises as well."
             return text + "\n" + "".join(traceback.format_tb(error.__traceback__)[-12:]), False
+
+
+def _plain_raises(case, kind):
+    """Whether plain Keras trains the model of a case with the same error."""
+    try:
+        Checker(case).plain()
+    except kind:
+        return True
+    except Exception:
+        return False
+    return False
 
 
 def kind_of(text):
@@ -39,10 +52,12 @@ def kind_of(text):
 def run(args):
     """Run all cases and print a summary: the exit status."""
     if args.case:
-        seeds, cases = [None], [Case.from_json(args.case)]
+        seeds, cases = [args.start], [Case.from_json(args.case)]
     else:
         seeds = range(args.start, args.start + args.cases)
         cases = map(generate, seeds)
+    if args.lean:
+        cases = map(sensible, map(lean, cases))
     failed, unstable, covered = [], 0, collections.Counter()
     begin = last = time.perf_counter()
     for number, (seed, case) in enumerate(zip(seeds, cases, strict=True), 1):
@@ -54,7 +69,8 @@ def run(args):
         covered.update(f"left out: {reason}" for reason in reasons)
         if text is not None:
             failed.append(seed)
-            report(seed, case, text, shrinks=not args.no_shrink)
+            options = " --lean" if args.lean else ""
+            report(seed, case, text, options, shrinks=not args.no_shrink)
         now = time.perf_counter()
         if now - start > 20:
             print(f"  seed {seed} took {now - start:.0f} s: {case.to_json()}", flush=True)
@@ -77,10 +93,10 @@ def run(args):
     return int(bool(failed))
 
 
-def report(seed, case, text, shrinks=True):
+def report(seed, case, text, options="", shrinks=True):
     """Print a failure, how to repeat it, and what is left of it."""
     print(f"\nFAILED: seed {seed}\n{text}")
-    print(f"  repeat: python -m tests.fuzz --backend {BACKEND} --start {seed} --cases 1")
+    print(f"  repeat: python -m tests.fuzz --backend {BACKEND} --start {seed} --cases 1{options}")
     print(f"  case:   {case.to_json()}", flush=True)
     if not shrinks:
         return

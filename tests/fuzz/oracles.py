@@ -127,6 +127,8 @@ class Checker:
 
     def plain(self, jitter=None):
         """Plain Keras."""
+        if self.first is None:
+            self.first = values(_start(self.case).trainable_variables)
         model = _start(self.case, jitter)
         model.compile(**programs.compile_arguments(self.case))
         _seed(self.case)
