@@ -32,6 +32,9 @@ def main():
     print("\n==== summary ====")
     for backend, (counts, seconds, verdict) in results.items():
         print(f"{backend:>10}  {describe(counts):<40} {seconds:6.0f} s  {verdict}")
+    for backend, (counts, _, _) in results.items():
+        for name in counts["failures"]:
+            print(f"{backend:>10}  failed: {name}")
     total = {
         key: sum(r[0][key] for r in results.values()) for key in ("passed", "failed", "skipped")
     }
@@ -99,16 +102,25 @@ def environment(backend):
         # Threads of PyTorch wait for each other in a loop: beside another program on the same
         # cores, two of them take ten times as long as one.
         "OMP_NUM_THREADS": "1",
+        # A crash of a library, in the tests or in a program that they start, says where.
+        "PYTHONFAULTHANDLER": "1",
         "MPLBACKEND": "Agg",
     }
     return {**defaults, **os.environ, "KERAS_BACKEND": backend}
 
 
 def read_counts(report):
-    """How many tests passed, failed and were skipped; none if pytest wrote no report."""
-    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    """How many tests passed, failed and were skipped, and the names of those that failed.
+
+    None if pytest wrote no report.
+    """
+    counts = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
     if report.exists():
-        for suite in ElementTree.parse(report).iter("testsuite"):
+        tree = ElementTree.parse(report)
+        for case in tree.iter("testcase"):
+            if case.find("failure") is not None or case.find("error") is not None:
+                counts["failures"].append(f"{case.get('classname')}::{case.get('name')}")
+        for suite in tree.iter("testsuite"):
             failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
             skipped = int(suite.get("skipped", 0))
             counts["failed"] += failed
@@ -118,7 +130,7 @@ def read_counts(report):
 
 
 def describe(counts):
-    return ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    return ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
 
 
 if __name__ == "__main__":

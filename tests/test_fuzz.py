@@ -6,12 +6,6 @@ from tests.fuzz import fuzzer, known
 from tests.fuzz.cases import generate, lean, sensible
 from tests.models import BACKEND
 
-pytestmark = pytest.mark.skipif(
-    BACKEND != "torch",
-    reason="not settled: on TensorFlow some cases differ from plain Keras (seeds 7, 11 and 12), on "
-    "JAX a case takes too long for the tests; `make fuzz` runs them",
-)
-
 #: Each group tells of all its failures.
 GROUPS = [range(start, start + 6) for start in range(0, 60, 6)]
 

@@ -285,7 +285,8 @@ def test_a_rise_below_the_rounding_of_the_loss_is_right(size, batch_size):
     model, x, y = raw_targets(size)
     surface = LossSurface(model, x, y, batch_size=batch_size)
     hessian = 2 * x.T.astype("float64") @ x / len(x)
-    found = sharpness.gap_curvature(surface, steps=5, restarts=1)
+    # At a minimum the first direction is that of a gradient of rounding: one start may do badly.
+    found = sharpness.gap_curvature(surface, steps=5, restarts=3)
     assert found == pytest.approx(np.linalg.eigvalsh(hessian)[-1], rel=0.1)
     random = np.random.default_rng(0)
     e = [0.05 / np.sqrt(3) * random.normal(size=(3, 1)) for _ in range(5)]

@@ -31,14 +31,25 @@ def value_and_gradient(fn, weights, averages=False):
             tape.watch(weights)
             value, aux = fn(weights)
         gradient = tape.gradient(value, weights)
-        # Embeddings give IndexedSlices, in which a row may stand several times:
-        # they have no norm before their rows are added up.
-        gradient = [None if g is None else tf.convert_to_tensor(g) for g in gradient]
-        return (value, aux), gradient
+        return (value, aux), [_dense(g, w) for g, w in zip(gradient, weights, strict=True)]
 
     if _xla.get() == "passes" and not averages:
         return tf.function(run, jit_compile=True, autograph=False)(weights)
     return run(weights)
+
+
+def _dense(gradient, weight):
+    """A gradient as a tensor of the shape of its weight.
+
+    Embeddings give IndexedSlices, in which a row may stand several times: they
+    have no norm before their rows are added up. Of the sum, the compiler may
+    not know the shape.
+    """
+    if gradient is None:
+        return None
+    gradient = tf.convert_to_tensor(gradient)
+    gradient.set_shape(weight.shape)
+    return gradient
 
 
 def hessian(fn, w, *args):

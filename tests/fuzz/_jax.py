@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_sharp.engine._keras import get_keras_mask, set_keras_mask
 from tests.models import assign
 
 _compiled = weakref.WeakKeyDictionary()
@@ -27,7 +28,7 @@ def forward_and_gradient(model, batch, scale):
     assign(model.metrics_variables, trackers)
     for t, mask in zip(keras.tree.flatten(y_pred), masks, strict=True):
         if mask is not None:
-            t._keras_mask = mask
+            set_keras_mask(t, mask)
     return loss, y_pred, [g / scale for g in gradient]
 
 
@@ -48,7 +49,7 @@ def _pass_of(model):
         _, (loss, y_pred, state, trackers) = model.compute_loss_and_updates(
             w, state, trackers, x, y, sample_weight, training=True, optimizer_variables=slots
         )
-        masks = [getattr(t, "_keras_mask", None) for t in keras.tree.flatten(y_pred)]
+        masks = [get_keras_mask(t) for t in keras.tree.flatten(y_pred)]
         return loss * scale.astype(loss.dtype), (loss, y_pred, masks, state, trackers)
 
     return jax.value_and_grad(scaled, has_aux=True)

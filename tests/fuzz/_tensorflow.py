@@ -39,10 +39,12 @@ def differentiable_gradient(loss):
 
     @tf.custom_gradient
     def at(v):
-        def pull(u):
+        def pull(u, variables=()):
             h = 2e-3 * (1.0 + tf.norm(v)) / (tf.norm(u) + 1e-30)
             ahead, behind = (value_and_gradient(loss, v + s * u)[1] for s in (h, -h))
-            return (ahead - behind) / (2.0 * h)
+            product = (ahead - behind) / (2.0 * h)
+            # Variables that the loss reads beside `v`, such as frozen weights, take none.
+            return (product, [None] * len(variables)) if variables else product
 
         return value_and_gradient(loss, v)[1], pull
 

@@ -3,6 +3,7 @@
 import keras
 import torch
 
+from keras_sharp.engine._keras import get_keras_mask, set_keras_mask
 from tests import models
 
 
@@ -28,8 +29,8 @@ def forward_and_gradient(model, batch, scale):
 
 def _detached(t):
     new = t.detach()
-    if getattr(t, "_keras_mask", None) is not None:
-        new._keras_mask = t._keras_mask
+    if get_keras_mask(t) is not None:
+        set_keras_mask(new, get_keras_mask(t))
     return new
 
 

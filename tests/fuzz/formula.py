@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_sharp.engine._keras import get_keras_mask, set_keras_mask
 from tests import models
 from tests.fuzz.programs import Schedule
 from tests.models import BACKEND, assign, values
@@ -129,13 +130,13 @@ class _Hand:
         """Move the metrics, as plain training does after the whole batch."""
         model = self.model
         y_pred = keras.tree.map_structure(_concatenate, *(p["y_pred"] for p in parts))
-        masks = [getattr(t, "_keras_mask", None) for t in keras.tree.flatten(y_pred)]
+        masks = [get_keras_mask(t) for t in keras.tree.flatten(y_pred)]
         tracker = next(m for m in model.metrics if m.name == "loss")
 
         def update(x, y, again, weight, y_pred, masks, loss):
             for t, mask in zip(keras.tree.flatten(y_pred), masks, strict=True):
                 if mask is not None:
-                    t._keras_mask = mask
+                    set_keras_mask(t, mask)
             if self.case.micro_batches > 1:  # The losses of each output are of the whole batch.
                 model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=again)
             tracker.update_state(loss, sample_weight=size)
@@ -369,7 +370,7 @@ class _Scope(keras.StatelessScope):
 def _concatenate(*tensors):
     """Predictions of the parts put together, with their masks."""
     whole = ops.concatenate(tensors)
-    masks = [getattr(t, "_keras_mask", None) for t in tensors]
+    masks = [get_keras_mask(t) for t in tensors]
     if masks[0] is not None:
-        whole._keras_mask = ops.concatenate(masks)
+        set_keras_mask(whole, ops.concatenate(masks))
     return whole

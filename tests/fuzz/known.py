@@ -28,6 +28,16 @@ def _writes(case):
     return any("spectral" in b or b == "moving_average" for b in case.blocks)
 
 
+def _has_penalty(case):
+    """Whether the loss has more than one term."""
+    return case.regularizer or any(b in ("activity", "add_loss") for b in case.blocks)
+
+
+def is_noisy(case):
+    """Whether a layer draws random numbers in a training pass."""
+    return any(word in b for b in case.blocks for word in ("drop", "noise", "attention"))
+
+
 ALL = ("tensorflow", "jax", "torch")
 
 TABLE = [
@@ -68,6 +78,38 @@ TABLE = [
         lambda c: {"mode": "graph"},
     ),
     Known(
+        "Keras: the loss is float32 and the penalty of a regularizer float64: their sum raises",
+        ("tensorflow",),
+        lambda c: (
+            c.dtype == "float64" and (c.regularizer or {"activity", "add_loss"} & {*c.blocks})
+        ),
+        lambda c: {"dtype": "float32"},
+    ),
+    Known(
+        "Keras: SparseTopKCategoricalAccuracy raises on predictions of float64",
+        ("tensorflow",),
+        lambda c: c.dtype == "float64" and "classes" in c.heads,
+        lambda c: {"metrics": False, "weighted_metrics": False},
+    ),
+    Known(
+        "Keras: a PyDataset whose targets are a list, one per output, raises",
+        ("tensorflow",),
+        lambda c: c.data == "dataset" and len(c.heads) > 1 and not c.named_outputs,
+        lambda c: {"data": "arrays"},
+    ),
+    Known(
+        "TensorFlow draws other random numbers under XLA, and the formula runs without",
+        ("tensorflow",),
+        lambda c: c.mode == "xla" and is_noisy(c) and not plain_is_reference(c),
+        lambda c: {"mode": "graph"},
+    ),
+    Known(
+        "TensorFlow draws other random numbers under XLA",
+        ("tensorflow",),
+        lambda c: c.other_mode and is_noisy(c),
+        lambda c: {"other_mode": False},
+    ),
+    Known(
         "Keras: steps_per_execution must be 1 on PyTorch",
         ("torch",),
         lambda c: c.steps_per_execution > 1,
@@ -78,6 +120,12 @@ TABLE = [
 
 #: Where plain Keras is no reference, and the formula takes its place: reason, backends, cases.
 PLAIN_DIFFERS = [
+    (
+        "Keras hands the optimizer the rows of an Embedding's gradient, one per token: of a token "
+        "that occurs twice, Adam sums the squares in place of squaring the sum",
+        ("tensorflow",),
+        lambda c: c.inputs == "tokens",
+    ),
     (
         "Keras loses the masks of predictions in the metrics of training",
         ("jax",),
@@ -91,9 +139,10 @@ PLAIN_DIFFERS = [
 ]
 
 
-def plain_differs(case):
-    """Whether plain Keras does something else, and not better."""
-    return any(BACKEND in backends and applies(case) for _, backends, applies in PLAIN_DIFFERS)
+def plain_is_reference(case):
+    """Whether the training must be that of plain Keras; else it must be what the formula says."""
+    differs = any(BACKEND in backends and applies(case) for _, backends, applies in PLAIN_DIFFERS)
+    return case.rho == 0 and case.micro_batches == 1 and not differs
 
 
 def avoid(case):
