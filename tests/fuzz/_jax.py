@@ -83,10 +83,11 @@ def apply(model, direction):
 def update_metrics(model, update, arguments):
     """Run a function that moves the metrics of a model: compiled, as a pure function of them."""
     variables = model.metrics_variables
+    weights = model.trainable_variables  # Regularizers read them.
     size = len(keras.tree.flatten(arguments[0])[0])  # `update` knows it without being told.
 
-    def pure(trackers, arguments):
-        mapping = list(zip(variables, trackers, strict=True))
+    def pure(trackers, values, arguments):
+        mapping = list(zip([*variables, *weights], [*trackers, *values], strict=True))
         with keras.StatelessScope(state_mapping=mapping) as scope:
             update(*arguments)
         return [scope.get_current_value(v) for v in variables]
@@ -94,7 +95,8 @@ def update_metrics(model, update, arguments):
     kept = _compiled.setdefault(next(iter(model.metrics)), {})
     if size not in kept:
         kept[size] = jax.jit(pure)
-    assign(variables, kept[size]([v.value for v in variables], arguments))
+    trackers, values = ([v.value for v in group] for group in (variables, weights))
+    assign(variables, kept[size](trackers, values, arguments))
 
 
 def noise():

@@ -230,8 +230,10 @@ def sensible(case):
         changes["topology"] = "functional"
     if len(case.heads) == 1:
         changes.update(named_outputs=False, loss_weights=False)
-    lora = any("lora" in b for b in case.blocks)  # It draws its seeds when it is built.
-    if case.topology not in ("sequential", "subclassed") or lora:
+    # These draw the seeds of their initializers when they are built, or, on PyTorch, their masks.
+    words = ("lora", "attention", "spectral", "rnn_dropout")
+    late = any(word in b for b in case.blocks for word in words)
+    if case.topology not in ("sequential", "subclassed") or late:
         changes["built"] = True
     if case.sample_weight or case.heads not in (("classes",), ("binary",)):
         changes["class_weight"] = False

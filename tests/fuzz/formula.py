@@ -303,7 +303,7 @@ class _Region:
         scale = self.scale(w, xp)
         if np.isinf(self.p):
             return scale * xp.minimum(xp.maximum(e / scale, -rho), rho)
-        size = xp.sum((xp.abs(e / scale) + 1e-30) ** self.p) ** (1.0 / self.p)
+        size = (xp.sum(xp.abs(e / scale) ** self.p) + 1e-30) ** (1.0 / self.p)
         return e * xp.where(size > rho, rho / size, xp.ones_like(size))
 
     def scale(self, w, xp):

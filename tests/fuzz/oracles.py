@@ -27,6 +27,11 @@ ROUNDING = {
 }
 
 
+#: By how much of itself a weight is moved to see what rounding does; else by 1e-6. Where it is
+#: rounded to fewer bits before it is used, less would change nothing.
+SHAKEN = {"float16": 1e-3, "mixed_float16": 1e-4, "mixed_bfloat16": 1e-3}
+
+
 @keras.saving.register_keras_serializable(package="tests.fuzz")
 def no_bias(variable):
     """A choice of weights to perturb, as a user may write it."""
@@ -56,17 +61,17 @@ def _start(case, jitter=None):
         engine.own_random_numbers(model)
     if model.built:
         networks.move_off_the_start(model, case.seed)
-        _shake(model, jitter)
+        _shake(case, model, jitter)
     return model
 
 
-def _shake(model, jitter):
+def _shake(case, model, jitter):
     """Change the weights by what rounding may; not for a `jitter` of `None`."""
     if jitter is not None:
         rng = np.random.default_rng(jitter)
         for v in model.trainable_variables:
             old = values([v])[0]
-            unit = 1e-3 if v.dtype == "float16" else 1e-6
+            unit = SHAKEN.get(case.dtype, 1e-6)
             assign([v], [(old * (1 + unit * rng.normal(size=old.shape))).astype(old.dtype)])
 
 
@@ -147,7 +152,7 @@ class Checker:
         model = _start(self.case, jitter)
         if not model.built:
             model(networks.example(case))
-            _shake(model, jitter)
+            _shake(case, model, jitter)
         model.compile(**programs.compile_arguments(case, "eager"))
         model._symbolic_build(data_batch=self.data.part(0, case.batch_size))  # As `fit` does.
         _seed(case)

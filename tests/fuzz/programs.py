@@ -65,9 +65,8 @@ def data(case, seed=0):
         }[head]()
         for head in case.heads
     ]
-    # Beside a mask, Keras takes weights of the shape of the mask only.
-    masked = [case.inputs == "tokens" and "steps" in head for head in case.heads]
-    shapes = [(n, *steps) if m else (n,) for m in masked]
+    # Of one weight per example, Keras weighs the steps in place of the examples, or raises.
+    shapes = [(n, *steps) if "steps" in head else (n,) for head in case.heads]
     weight = [rng.uniform(0.2, 2.0, s).astype("float32") for s in shapes]
     class_weight = {0: 0.5, 1: 2.0, 2: 1.0} if case.class_weight else None
     y, weight = _per_output(case, y), _per_output(case, weight)
