@@ -779,3 +779,22 @@ def test_rho_is_logged_as_it_was_in_the_step():
 
 def test_the_package_root_has_the_wrapper():
     assert keras_sharp.SharpnessAwareModel is SharpnessAwareModel
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_the_gradient_of_an_embedding_is_summed_by_row(num_micro_batches, jit_compile):
+    """Of a token that occurs twice, Adam squares the sum; plain Keras on TensorFlow does not."""
+    if BACKEND == "torch" and jit_compile:
+        pytest.skip("torch.compile has nothing to do with it")
+    model = keras.Sequential([keras.Input((2,), dtype="int32"), keras.layers.Embedding(4, 1)])
+    (start,) = model.get_weights()
+    x, y = np.array([[1, 1], [1, 2]]), np.array([[[3.0], [5.0]], [[-1.0], [2.0]]], "float32")
+    wrapper = keras_sharp.SharpnessAwareModel(model, None, num_micro_batches)
+    wrapper.compile(keras.optimizers.Adam(0.1), "mse", jit_compile=jit_compile)
+    wrapper.train_on_batch(x, y)
+    gradient = np.zeros_like(start)
+    np.add.at(gradient, x, 2 * (start[x] - y) / y.size)
+    _, _, moment, velocity = values(wrapper.optimizer.variables)
+    np.testing.assert_allclose(moment, 0.1 * gradient, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(velocity, 0.001 * gradient**2, rtol=1e-4, atol=1e-9)
