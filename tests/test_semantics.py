@@ -798,3 +798,16 @@ def test_the_gradient_of_an_embedding_is_summed_by_row(num_micro_batches, jit_co
     _, _, moment, velocity = values(wrapper.optimizer.variables)
     np.testing.assert_allclose(moment, 0.1 * gradient, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(velocity, 0.001 * gradient**2, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere each gradient has a known shape")
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_dense_layer_on_sequences_of_an_unknown_batch_size(jit_compile):
+    import tensorflow as tf
+
+    x, y = np.ones((6, 3, 2), "float32"), np.ones((6, 3, 1), "float32")
+    wrapper = SharpnessAwareModel(keras.Sequential([keras.Input((3, 2)), layers.Dense(1)]))
+    wrapper.compile("sgd", "mse", jit_compile=jit_compile)
+    logs = wrapper.fit(tf.data.Dataset.from_tensor_slices((x, y)).batch(4), verbose=0).history
+    assert np.isfinite(logs["loss"]).all()
+    assert int(wrapper.optimizer.iterations) == 2

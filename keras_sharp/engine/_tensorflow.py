@@ -42,8 +42,9 @@ def _dense(gradient, weight):
     """A gradient as a tensor of the shape of its weight.
 
     Embeddings give IndexedSlices, in which a row may stand several times: they
-    have no norm before their rows are added up. Of the sum, the compiler may
-    not know the shape.
+    have no norm before their rows are added up. And where the size of a batch
+    is not known, TensorFlow loses the shape of the gradient of some kernels,
+    such as that of a Dense layer on sequences.
     """
     if gradient is None:
         return None
