@@ -17,7 +17,8 @@ follows it from step to step. Linear, cosine, warm-up, and both together:
 >>> method = keras_sharp.methods.SAM(rho=both)
 
 Stairs are `PiecewiseConstantDecay`; any function of the step will do. What
-Keras does not have is here: `ProportionalToLearningRate`. To set a number once
+Keras does not have is here: `ProportionalToLearningRate`, and `WarmUp`, which
+may be put in front of any of these. To set a number once
 per epoch, as `LearningRateScheduler` does, use
 `keras_sharp.callbacks.RhoScheduler`.
 """
@@ -126,6 +127,8 @@ class Setting:
         """
         if self.schedule is None:
             return engine.read(self.variable)
+        if isinstance(self.schedule, WarmUp):
+            return self.schedule.value_at(step, learning_rate, read)
         if isinstance(self.schedule, ProportionalToLearningRate):
             now, highest = learning_rate()
             return ops.cast(self.schedule(now, highest, read), self.variable.dtype)
@@ -141,6 +144,8 @@ class Setting:
             as_in_step: function that returns a function of tensors as the
                 step would run it: compiled, say.
         """
+        if isinstance(self.schedule, WarmUp):
+            return self.schedule.setting.check_at(step, as_in_step)
         if self.schedule is None or isinstance(self.schedule, ProportionalToLearningRate):
             return
         value = float(ops.convert_to_numpy(as_in_step(self._ask)(step)))
@@ -150,6 +155,13 @@ class Setting:
                 f"Received: {self.name}={self.schedule!r}, which gives {value!r} at step "
                 f"{int(ops.convert_to_numpy(step))}."
             )
+
+    @property
+    def follows_learning_rate(self):
+        """Whether the value rises and falls with the learning rate."""
+        if isinstance(self.schedule, WarmUp):
+            return self.schedule.setting.follows_learning_rate
+        return isinstance(self.schedule, ProportionalToLearningRate)
 
     def _ask(self, step):
         """What the schedule answers, a scalar tensor; its failures are told by name."""
@@ -299,3 +311,73 @@ class ProportionalToLearningRate:
     def from_config(cls, config):
         """Make a schedule from what `get_config` returned."""
         return cls(**config)
+
+
+@keras.saving.register_keras_serializable(package="keras_sharp")
+class WarmUp:
+    """A hyperparameter that rises from 0 over the first steps, and then goes on as it is.
+
+    ```
+    value(step) * min(1, step / steps)
+    ```
+
+    From random weights, a large rho may keep a network from learning anything:
+    the gradient at the perturbed weights then has little to do with the one at
+    the weights. Once the network has begun to learn, the same rho may do well.
+
+    Args:
+        value: what comes after the warm-up, and by a growing share during it:
+            a float >= 0, a `keras.optimizers.schedules.LearningRateSchedule`,
+            a function of the step, or a `ProportionalToLearningRate`. Their
+            steps are those of the training, warm-up included.
+        steps: Integer > 0, the length of the warm-up in steps of the
+            optimizer. A tenth of the training is a usual length.
+
+    Raises:
+        ValueError: if `value` is none of these, or `steps` no positive integer.
+
+    Example:
+
+    >>> rho = keras_sharp.schedules.WarmUp(0.2, steps=500)
+    >>> method = keras_sharp.methods.SAM(rho=rho)
+    """
+
+    def __init__(self, value, steps):
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(
+                "`steps`, the length of a warm-up, must be an integer > 0. Received: "
+                f"steps={steps!r}. A share of a training is that share of "
+                "`epochs * steps_per_epoch`, rounded."
+            )
+        if isinstance(value, WarmUp):
+            raise ValueError(
+                f"A warm-up cannot begin with another one. Received: value={value!r}. Give the "
+                "value that comes after it."
+            )
+        self.setting = Setting("value", value)
+        self.steps = steps
+
+    def __call__(self, step):
+        """The value at a step; not for what follows the learning rate: see `value_at`."""
+        return self.value_at(step, None)
+
+    def value_at(self, step, learning_rate, read=engine.read):
+        """The value for one step, a scalar tensor: see `Setting.value_at`."""
+        if self.setting.schedule is None:
+            value = ops.convert_to_tensor(self.setting.given, dtype=full_precision())
+        else:
+            value = self.setting.value_at(step, learning_rate, read)
+        share = ops.cast(step, value.dtype) / self.steps
+        return value * ops.where(step < self.steps, share, ops.ones_like(share))
+
+    def get_config(self):
+        """The arguments of the constructor."""
+        return {"value": self.setting.config(), "steps": self.steps}
+
+    @classmethod
+    def from_config(cls, config):
+        """Make a schedule from what `get_config` returned."""
+        value = config["value"]
+        if isinstance(value, dict):
+            value = keras.saving.deserialize_keras_object(value)
+        return cls(value, config["steps"])

@@ -11,9 +11,9 @@ from keras import ops
 import keras_sharp
 from keras_sharp import SharpnessAwareModel, methods
 from keras_sharp.methods import BSAM, GSAM, METHODS, SAM
-from keras_sharp.schedules import Hyperparameter, ProportionalToLearningRate
+from keras_sharp.schedules import Hyperparameter, ProportionalToLearningRate, WarmUp
 from tests import models
-from tests.models import BACKEND, values
+from tests.models import BACKEND, assert_same, values
 
 AS_WRITTEN = pytest.mark.usefixtures("as_written")
 BAD_NUMBERS = [
@@ -394,6 +394,73 @@ def test_proportional_refuses_a_maximum_rate_that_is_no_positive_number(value):
         ProportionalToLearningRate(0.1, max_learning_rate=value)
 
 
+# Warm-up
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (lambda: 0.4, [0.0, 0.1, 0.2, 0.3, 0.4, 0.4]),
+        (decay, [0.0, 0.0125, 0.0125, 0.009375, 0.00625, 0.003125]),
+        (lambda: falling, [0.0, 0.0125, 0.1 / 6, 0.01875, 0.02, 0.1 / 6]),
+    ],
+    ids=["number", "schedule", "function"],
+)
+def test_a_warm_up_takes_a_growing_share_of_what_comes_after_it(value, expected):
+    rhos = logged_rhos(wrap(SAM(rho=WarmUp(value(), steps=4))), 6)
+    np.testing.assert_allclose(rhos, expected, rtol=1e-5, atol=1e-8)
+
+
+@AS_WRITTEN
+def test_a_warm_up_of_what_follows_the_learning_rate():
+    rho = WarmUp(ProportionalToLearningRate(0.5, 0.1), steps=2)
+    method = SAM(rho=rho)
+    assert method.follows_learning_rate
+    assert not SAM(rho=WarmUp(0.5, steps=2)).follows_learning_rate
+    model = wrap(method, keras.optimizers.SGD(warm_up_and_decay()))
+    np.testing.assert_allclose(logged_rhos(model, 5), [0.0, 0.25, 0.5, 0.3, 0.2], **FLOAT32)
+
+
+@AS_WRITTEN
+def test_rho_min_of_bsam_warms_up_with_rho():
+    model = wrap(BSAM(rho=WarmUp(0.2, steps=2)))
+    for expected in (0.0, 0.1, 0.2):
+        step(model)
+        np.testing.assert_allclose(float(model.method.rho_min), expected, **FLOAT32)
+
+
+@AS_WRITTEN
+def test_the_first_step_of_a_warm_up_is_plain_training():
+    rate = keras.optimizers.SGD(0.1), keras.optimizers.SGD(0.1)
+    model, plain = wrap(SAM(rho=WarmUp(0.3, steps=5)), rate[0]), wrap(None, rate[1])
+    for m in (model, plain):
+        m.model.set_weights([np.ones((3, 1))])
+        step(m)
+    assert_same(model.model.get_weights(), plain.model.get_weights())
+
+
+@pytest.mark.parametrize("value", BAD_NUMBERS, ids=repr)
+def test_a_warm_up_to_what_is_no_finite_number_from_zero_up_is_refused(value):
+    with pytest.raises(ValueError, match="`value` must be a finite number >= 0"):
+        WarmUp(value, steps=4)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 0.1, True, None, "4"], ids=repr)
+def test_the_length_of_a_warm_up_is_a_positive_integer(steps):
+    with pytest.raises(ValueError, match=r"`steps`, .* must be an integer > 0.*steps="):
+        WarmUp(0.1, steps=steps)
+
+
+def test_a_warm_up_of_a_warm_up_is_refused():
+    with pytest.raises(ValueError, match="cannot begin with another one"):
+        WarmUp(WarmUp(0.1, steps=2), steps=4)
+
+
+def test_a_function_behind_a_warm_up_is_checked_before_the_first_step():
+    with pytest.raises(ValueError, match="as a function of the step takes one argument"):
+        step(wrap(SAM(rho=WarmUp(lambda: 0.1, steps=4))))
+
+
 # Configs
 
 
@@ -405,6 +472,9 @@ GIVEN = {
     "function": (lambda: falling, None),
     "proportional": (lambda: ProportionalToLearningRate(0.5, 0.1, 0.4), None),
     "proportional_to_highest": (lambda: ProportionalToLearningRate(0.5), None),
+    "warm_up": (lambda: WarmUp(0.1, 2), None),
+    "warm_up_and_schedule": (lambda: WarmUp(decay(), 2), None),
+    "warm_up_and_proportional": (lambda: WarmUp(ProportionalToLearningRate(0.5, 0.1), 2), None),
 }
 
 

@@ -213,10 +213,7 @@ class Method:
     @property
     def follows_learning_rate(self):
         """Whether a hyperparameter rises and falls with the learning rate."""
-        return any(
-            isinstance(setting.schedule, schedules.ProportionalToLearningRate)
-            for setting in self.settings.values()
-        )
+        return any(setting.follows_learning_rate for setting in self.settings.values())
 
     def get_config(self):
         """The arguments of the constructor, as plain values."""
