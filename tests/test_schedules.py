@@ -459,6 +459,8 @@ def test_a_warm_up_of_a_warm_up_is_refused():
 def test_a_function_behind_a_warm_up_is_checked_before_the_first_step():
     with pytest.raises(ValueError, match="as a function of the step takes one argument"):
         step(wrap(SAM(rho=WarmUp(lambda: 0.1, steps=4))))
+    with pytest.raises(ValueError, match=r"finite number >= 0 at every step.*which gives -0\.1"):
+        step(wrap(SAM(rho=WarmUp(lambda step: -0.1, steps=4))))
 
 
 # Configs
