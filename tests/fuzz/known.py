@@ -86,6 +86,35 @@ TABLE = [
         lambda c: {"dtype": "float32"},
     ),
     Known(
+        "Keras: the factors of LoRA are float32 whatever the layer is, and Muon mixes dtypes",
+        ("tensorflow",),
+        lambda c: (
+            c.dtype == "float64" and (c.optimizer == "Muon" or any("lora" in b for b in c.blocks))
+        ),
+        lambda c: {"dtype": "float32"},
+    ),
+    Known(
+        "Keras: ScheduleFreeAdamW, built while a graph is traced, does not start from the weights",
+        ("tensorflow",),
+        lambda c: (
+            c.optimizer == "ScheduleFreeAdamW"
+            and (c.mode != "eager" or c.other_mode or c.steps_per_execution > 1)
+        ),
+        lambda c: {"optimizer": "AdamW"},
+    ),
+    Known(
+        "Keras: the losses of each output are means over batches in a graph, over examples else",
+        ("tensorflow",),
+        lambda c: len(c.heads) > 1 and (c.other_mode or (c.judged and c.mode != "eager")),
+        lambda c: {"other_mode": False, "judged": False},
+    ),
+    Known(
+        "Keras: after a fit with use_ema a second one raises, and so does saving in between",
+        ("jax",),
+        lambda c: c.resume and c.ema == "end",
+        lambda c: {"resume": False},
+    ),
+    Known(
         "Keras: SparseTopKCategoricalAccuracy raises on predictions of float64",
         ("tensorflow",),
         lambda c: c.dtype == "float64" and "classes" in c.heads,
