@@ -52,6 +52,39 @@ def load_images(name="auto", num_train=None, num_test=None):
     return train, test
 
 
+def mislabel(labels, share, num_classes=10, seed=0):
+    """Labels of which a share is wrong: each of the other classes is as likely.
+
+    Args:
+        labels: NumPy array of integers from 0 to `num_classes` - 1.
+        share: Float in [0, 1], how many are wrong.
+        num_classes: Integer. Defaults to `10`.
+        seed: Integer, of the choice.
+
+    Returns:
+        A new array.
+    """
+    random = np.random.default_rng(seed)
+    wrong = random.permutation(len(labels))[: round(share * len(labels))]
+    new = labels.copy()
+    new[wrong] = (labels[wrong] + random.integers(1, num_classes, len(wrong))) % num_classes
+    return new
+
+
+def make_network(input_shape, filters=(32, 64, 128), num_classes=10):
+    """A small convolutional network with BatchNormalization, for images."""
+    # A few dozen steps make an epoch here: the usual momentum of 0.99 would be too slow.
+    layers = [keras.Input(input_shape)]
+    for count in filters:
+        layers += [
+            keras.layers.Conv2D(count, 3, strides=2, padding="same", use_bias=False),
+            keras.layers.BatchNormalization(momentum=0.9),
+            keras.layers.ReLU(),
+        ]
+    layers += [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(num_classes)]
+    return keras.Sequential(layers)
+
+
 def _find(name):
     """The path of `<name>.npz`, or `None`."""
     root = pathlib.Path(__file__).resolve().parent.parent

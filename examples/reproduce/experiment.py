@@ -65,11 +65,16 @@ class Trainer:
         weight_decay: Float, as for the optimizer. Defaults to `None`.
         measure: function of the network that returns a dictionary of further
             numbers, for all runs but those of the search. Defaults to `None`.
+        follow: function of the network that returns a dictionary of numbers,
+            called after each epoch of all runs but those of the search, whose
+            values are kept as lists. Defaults to `None`.
     """
 
-    def __init__(self, make_network, loss, data, batch_size, weight_decay=None, measure=None):
+    def __init__(
+        self, make_network, loss, data, batch_size, weight_decay=None, measure=None, follow=None
+    ):
         self.make_network, self.data, self.batch_size = make_network, data, batch_size
-        self.measure = measure
+        self.measure, self.follow = measure, follow
         self.model = keras_sharp.SharpnessAwareModel(make_network(), method=None)
         self.model.compile(
             keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=weight_decay),
@@ -96,16 +101,24 @@ class Trainer:
             test: Boolean, whether to look at the test data.
 
         Returns:
-            A dictionary of floats.
+            A dictionary of floats, and of lists of floats.
         """
         self.reset(method, setting, seed)
+        seen = []
         peak = setting["learning_rate"]
         schedule = keras.callbacks.LearningRateScheduler(
             lambda epoch, _: peak * (1 + np.cos(np.pi * epoch / epochs)) / 2
         )
+        callbacks = [schedule]
+        if test and self.follow is not None:
+            callbacks.append(
+                keras.callbacks.LambdaCallback(
+                    on_epoch_end=lambda *_: seen.append(self.follow(self.model.model))
+                )
+            )
         x, y = self.data["train"]
         logs = self.model.fit(
-            x, y, batch_size=self.batch_size, epochs=epochs, callbacks=[schedule], verbose=0
+            x, y, batch_size=self.batch_size, epochs=epochs, callbacks=callbacks, verbose=0
         ).history
         result = {"train_loss": logs["loss"][-1]}
         for name in ("validation", "test") if test else ("validation",):
@@ -114,7 +127,8 @@ class Trainer:
             result |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
         if test and self.measure is not None:
             result |= self.measure(self.model.model)
-        return {name: float(value) for name, value in result.items()}
+        result = {name: float(value) for name, value in result.items()}
+        return result | {name: [float(one[name]) for one in seen] for name in (seen or [{}])[0]}
 
     def reset(self, method, setting, seed):
         """Start anew: the arguments are those of a call."""
@@ -231,5 +245,8 @@ class Study:
 
 
 def _rounded(result):
-    """Six digits: more would only be noise in the file."""
-    return {name: float(f"{value:.6g}") for name, value in result.items()}
+    """Six digits, and four in lists: more would only be noise in the file."""
+    return {
+        name: [round(v, 4) for v in value] if isinstance(value, list) else float(f"{value:.6g}")
+        for name, value in result.items()
+    }

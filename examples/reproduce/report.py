@@ -28,6 +28,7 @@ NAMES = {
     "fashion_mnist": "Fashion-MNIST",
     "digits": "digits",
     "moons": "moons",
+    **{f"noise {share:g}": f"{share:.0%} wrong labels" for share in (0.0, 0.2, 0.4, 0.6, 0.8)},
 }
 
 
@@ -47,7 +48,15 @@ NUMBERS = {
     "loss": Number("test loss", lambda e: e["test_loss"], 4, "", True),
     "lambda_1": Number("λ₁", lambda e: e["lambda_1"], 1, "", True),
     "ratio": Number("λ₁ / λ₅", lambda e: e["ratio"], 2, "", True),
+    "stopped": Number("stopped early", lambda e: 100 * stopped_early(e), 2, " %", False),
+    "best": Number("best epoch", lambda e: 100 * max(e["test_accuracies"]), 2, " %", False),
+    "memorized": Number("learned by heart", lambda e: 100 * e["memorized"][-1], 1, " %", True),
 }
+
+
+def stopped_early(run):
+    """The test accuracy at the first epoch with the best accuracy on the validation data."""
+    return run["test_accuracies"][int(np.argmax(run["validation_accuracies"]))]
 
 
 class Claim(NamedTuple):
@@ -310,9 +319,11 @@ def methods(folder, experiment, data=None, times=1):
     """The final trainings of an experiment, one row per method."""
     content = load(folder, experiment)
     epochs = lengths(content)[times - 1]
-    names = ["error", "loss", "lambda_1", "ratio"]
-    if experiment != "sam_vs_sgd":
-        names = ["accuracy", "loss"]
+    names = ["accuracy", "loss"]
+    if experiment == "sam_vs_sgd":
+        names = ["error", "loss", "lambda_1", "ratio"]
+    elif experiment == "label_noise":
+        names = ["accuracy", "stopped", "best", "memorized"]
     lines = [
         f"| method | chosen setting | {' | '.join(NUMBERS[n].title for n in names)} | seeds |",
         "|---" * (len(names) + 3) + "|",
@@ -532,7 +543,30 @@ def _rho_picture(content):
     return figure
 
 
+def _noise_picture(content):
+    """Accuracy and what was learned by heart, over the epochs, at the share nearest to 40 %."""
+    data = min(conditions(content), key=lambda name: abs(float(name.split()[1]) - 0.4))
+    figure, ((left, middle, right),) = _panels(1, 3, width=4.6)
+    for method, color in (("sgd", "C0"), ("sam", "C1")):
+        runs = entries(content, stage="final", method=method, data=data)
+        for panel, name in ((left, "test_accuracies"), (middle, "memorized")):
+            curves = 100 * np.array([run[name] for run in runs])
+            mean = curves.mean(0)
+            error = curves.std(0, ddof=1) / math.sqrt(len(curves))
+            epochs = np.arange(1, len(mean) + 1)
+            panel.plot(epochs, mean, color=color, label=NAMES[method])
+            panel.fill_between(epochs, mean - error, mean + error, color=color, alpha=0.2, lw=0)
+    left.set(xlabel="epoch", ylabel="test accuracy, %")
+    left.set_title(NAMES[data], loc="left")
+    left.legend(frameon=False)
+    middle.set(xlabel="epoch", ylabel="wrong labels learned by heart, %")
+    _dots(right, content, "accuracy", data=data)
+    right.set_title("at the end", loc="left")
+    return figure
+
+
 PICTURES = {
+    "label_noise": _noise_picture,
     "moons": _moons_picture,
     "mnist_cnn": _mnist_picture,
     "sam_vs_sgd": _sam_picture,
