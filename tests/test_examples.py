@@ -46,21 +46,35 @@ def start(command, cwd):
 
 def test_quickstart_prints_its_table_and_saves_its_picture(tmp_path):
     backend = keras.backend.backend()
-    arguments = ["--backend", backend, "--dataset", "digits", "--epochs", "1", "--seed", "3"]
+    arguments = ["--backend", backend, "--dataset", "digits", "--quick", "--seed", "3"]
     done = run("quickstart.py", *arguments, "--method", "sgd", "bsam", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"Backend: {backend}")
-    assert lines[1].startswith("Data: digits of scikit-learn")
-    header = next(i for i, line in enumerate(lines) if "sharpness" in line)
-    for line, name in zip(lines[header + 1 : header + 3], ["sgd", "bsam"], strict=True):
-        found, accuracy, loss, sharpness, time = line.split()
+    assert lines[1].startswith("Data: digits of scikit-learn; 200 training")
+    header = next(i for i, line in enumerate(lines) if "learned by heart" in line)
+    for line, name in zip(lines[header + 1 : header + 3], ["SGD", "BSAM"], strict=True):
+        found, *shares, seconds = line.split()
         assert found == name
-        assert 0 < float(accuracy) < 1
-        assert float(loss) > 0
-        assert np.isfinite(float(sharpness))
-        assert time.endswith("x")
+        last, best, memorized = (float(share.removesuffix("%")) for share in shares)
+        assert 0 < last <= best < 100
+        assert 0 <= memorized < 100
+        assert seconds.endswith("x")
+    assert "    model = keras_sharp.SharpnessAwareModel(your_model, method)" in lines
     assert (tmp_path / "results" / "quickstart.png").stat().st_size > 10_000
+
+
+def test_a_share_of_labels_is_wrong():
+    labels = np.arange(1000) % 10
+    wrong = datasets.mislabel(labels, 0.4)
+    assert np.mean(wrong != labels) == 0.4
+    assert set(wrong) == set(range(10))
+    # Each of the other classes is as likely: 400 of them, 44 expected for each distance.
+    distances = np.bincount((wrong - labels)[wrong != labels] % 10, minlength=10)
+    assert distances[0] == 0
+    assert distances[1:].min() > 20
+    np.testing.assert_array_equal(wrong, datasets.mislabel(labels, 0.4))
+    np.testing.assert_array_equal(datasets.mislabel(labels, 0.0), labels)
 
 
 def test_quickstart_refuses_a_method_that_does_not_exist(tmp_path):
