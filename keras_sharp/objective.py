@@ -160,15 +160,24 @@ def compute_loss(model, x, y, y_pred, sample_weight, training):
     # see them multiplied once more.
     weight = keras.tree.map_structure(lambda t: None if t is None else ops.copy(t), sample_weight)
     kwargs = {"x": x, "y": y, "y_pred": y_pred, "sample_weight": weight}
-    if _knows_training(type(model)):  # type: ignore[arg-type]  # Classes can be hashed.
+    if _takes_training(type(model).compute_loss):  # Not in models from before Keras 3.3.
         kwargs["training"] = training
     return model.compute_loss(**kwargs)
 
 
+def predict_in_training(model, x):
+    """The predictions of a training pass, asked for as Keras' own training steps do.
+
+    A model whose `call` has no argument `training` is not told that it is
+    trained, and then neither are its layers: dropout drops nothing, and
+    BatchNormalization takes its moving statistics.
+    """
+    return model(x, training=True) if _takes_training(type(model).call) else model(x)
+
+
 @functools.cache
-def _knows_training(model_class):
-    """Whether `compute_loss` has the argument; models written before Keras 3.3 do not."""
-    return "training" in inspect.signature(model_class.compute_loss).parameters
+def _takes_training(function):
+    return "training" in inspect.signature(function).parameters
 
 
 class State(NamedTuple):
@@ -255,7 +264,7 @@ class TrainingLoss:
             with engine.TrainingScope(
                 list(zip(self.weights, w, strict=True)), others, engine.write
             ) as scope:
-                y_pred = self._model.model(x, training=True)
+                y_pred = predict_in_training(self._model.model, x)
                 loss = self._model.compute_loss(
                     x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
                 )

@@ -107,6 +107,30 @@ def test_batchnorm_statistics_come_from_the_clean_pass(method):
     check_steps(wrapper, copy, batches(), method=method)
 
 
+class NotToldOfTraining(keras.Model):
+    """Its `call` has no argument `training`: Keras then tells the layers nothing either."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(4, activation="tanh")
+        self.norm = layers.BatchNormalization()
+        self.dropout = layers.Dropout(0.5, seed=0)
+        self.out = layers.Dense(2)
+        self(np.zeros((1, 3)))
+
+    def call(self, inputs):
+        return self.out(self.dropout(self.norm(self.dense(inputs))))
+
+
+def test_a_model_that_is_not_told_of_training_trains_as_in_plain_keras():
+    wrapper, plain = pair(NotToldOfTraining, method=methods.SAM(rho=0.0))
+    x, y = models.regression(12)
+    for model in (wrapper, plain):
+        model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    assert_close(wrapper.model.variables, plain.variables)
+    assert_same(wrapper.model.norm.non_trainable_variables, NotToldOfTraining().norm.weights[2:])
+
+
 def test_a_frozen_batchnorm_keeps_its_statistics():
     def build():
         model = models.batchnorm_net()

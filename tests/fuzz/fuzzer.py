@@ -28,20 +28,19 @@ def failure_of(case):
             where = traceback.extract_tb(error.__traceback__)[-1]
             last = str(error).strip().splitlines() or [""]
             text = f"{type(error).__name__}: {last[0][:300]} ({where.filename}:{where.lineno})"
-            if _plain_raises(case, type(error)):
-                text += "\nPlain Keras raises as well."
+            plain = _plain_error(case)
+            if plain is not None:
+                text += f"\nPlain Keras raises as well: {type(plain).__name__}."
             return text + "\n" + "".join(traceback.format_tb(error.__traceback__)[-12:]), False
 
 
-def _plain_raises(case, kind):
-    """Whether plain Keras trains the model of a case with the same error."""
+def _plain_error(case):
+    """What plain Keras raises when it trains the model of a case, or `None`."""
     try:
         Checker(case).plain()
-    except kind:
-        return True
-    except Exception:
-        return False
-    return False
+    except Exception as error:
+        return error
+    return None
 
 
 def of_seed(seed, is_lean=False):

@@ -111,8 +111,23 @@ TABLE = [
     Known(
         "Keras: after a fit with use_ema a second one raises, and so does saving in between",
         ("jax",),
-        lambda c: c.resume and c.ema == "end",
+        lambda c: c.resume and c.ema is not None,
         lambda c: {"resume": False},
+    ),
+    Known(
+        "JAX: attention of float16 under XLA wants a product that it does not have on a CPU",
+        ("jax",),
+        lambda c: (
+            c.mode == "xla" and "float16" in c.dtype and any("attention" in b for b in c.blocks)
+        ),
+        lambda c: {"dtype": "float32"},
+    ),
+    Known(
+        "Keras loses `training` on the way to a layer in a layer of one's own, in a subclassed "
+        "model: `stateless_call` enters no call, and the dropout inside is not applied",
+        ("jax",),
+        lambda c: c.topology == "subclassed" and "attention" in c.blocks,
+        lambda c: {"topology": "functional"},
     ),
     Known(
         "Keras: SparseTopKCategoricalAccuracy raises on predictions of float64",
