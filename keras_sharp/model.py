@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sharp import engine, methods, rounding, saving, vectors
+from keras_sharp import cold_start, engine, methods, rounding, saving, vectors
 from keras_sharp.delegation import Delegation, warn_of_plain_training
 from keras_sharp.identifiers import did_you_mean, meant
 from keras_sharp.objective import Objective, State, TrainingLoss, compute_loss
@@ -440,6 +440,7 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
         if self.num_micro_batches > 1:
             self._check_batch_size(_first_batch_size(arguments["x"], batch_size))
         skipped_before = int(ops.convert_to_numpy(self.skipped_steps))
+        is_first = int(ops.convert_to_numpy(self.optimizer.iterations)) == 0
         history = super().fit(**arguments)
         skipped = int(ops.convert_to_numpy(self.skipped_steps)) - skipped_before
         if skipped and not self._scales_loss_dynamically():
@@ -451,6 +452,8 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
                 stacklevel=2,
             )
         rounding.warn_of_logs(history.history)
+        if is_first:
+            cold_start.warn_of_logs(history.history)
         return history
 
     def evaluate(

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sharp import engine, rounding, sharpness, vectors
+from keras_sharp import cold_start, engine, rounding, sharpness, vectors
 from keras_sharp.model import SharpnessAwareModel
 from keras_sharp.surface import LossSurface
 from keras_sharp.weights import get_choice, is_bias, is_overwritten
@@ -189,7 +189,8 @@ def _recommend(rho, val_loss, initial, tolerance):
     if recommended == 0:
         warnings.warn(
             f"{problem}, in this short training. The recommendation is 0, no adversary. Test with "
-            "more `epochs`, or with smaller `rhos`.",
+            "more `epochs`, or with smaller `rhos`. And "
+            f"{cold_start.ADVICE.format(rho=rho[1])}.",
             stacklevel=3,
         )
     elif recommended == rho[-1]:
