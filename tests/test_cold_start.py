@@ -69,7 +69,7 @@ def test_after_a_warm_up_another_one_is_not_what_helps():
 
 
 def test_it_is_said_once():
-    model = compiled(methods.SAM(1.0))
+    model = compiled(methods.SAM(3.0))
     with pytest.warns(UserWarning, match="does not seem to learn"):
         train(model)
     with warnings.catch_warnings():
