@@ -3,47 +3,33 @@
     python examples/choose_rho.py
     python examples/choose_rho.py --backend jax --dataset mnist --method asam
 
-Tries nine radii, each in a short training of the same small network, draws what they
-came to, and recommends one. Then trains to the end with it, and without an adversary.
+Tries nine radii on images of which 40 % have a wrong label, each in a short training of the
+same small network, draws what they came to, and recommends one. Then trains to the end
+with it, with a third and with three times of it, and without an adversary.
 """
 
-import argparse
-import os
-import pathlib
+from common import parse, save
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--backend", choices=["tensorflow", "jax", "torch"], help="default: as Keras")
-parser.add_argument(
-    "--dataset", default="auto", choices=["auto", "fashion_mnist", "mnist", "digits"]
+args = parse(
+    __doc__,
+    epochs=20,
+    quick_epochs=2,
+    dataset=("auto", "auto, fashion_mnist, mnist or digits: see examples/datasets.py"),
+    method=("sam", "sam, asam, gsam, adaptive_gsam or bsam"),
+    train=(1000, "how many images to train on"),
+    label_noise=(0.4, "the share of wrong labels"),
 )
-parser.add_argument(
-    "--method", default="sam", choices=["sam", "asam", "gsam", "adaptive_gsam", "bsam"]
-)
-parser.add_argument("--train", type=int, default=1000, help="how many images to train on")
-parser.add_argument("--epochs", type=int, default=20, help="of the training to the end")
-parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--output", default="results/choose_rho.png", help="where the picture goes")
-args = parser.parse_args()
-if args.backend:
-    os.environ["KERAS_BACKEND"] = args.backend  # before Keras is imported
 
 import keras  # noqa: E402
-import matplotlib  # noqa: E402
-from datasets import load_images  # noqa: E402
+from datasets import load_images, make_network, mislabel  # noqa: E402
 
 import keras_sharp  # noqa: E402
-
-matplotlib.use("Agg")
 
 
 def make_model(method, input_shape):
     """A small convolutional network, wrapped and compiled."""
     keras.utils.set_random_seed(args.seed)  # the same initial weights every time
-    layers = [keras.layers.Conv2D(f, 3, strides=2, activation="relu") for f in (16, 32)]
-    layers += [keras.layers.Flatten(), keras.layers.Dense(64, "relu"), keras.layers.Dense(10)]
-    model = keras_sharp.SharpnessAwareModel(
-        keras.Sequential([keras.Input(input_shape), *layers]), method
-    )
+    model = keras_sharp.SharpnessAwareModel(make_network(input_shape), method)
     model.compile(
         keras.optimizers.SGD(0.05, momentum=0.9),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -54,10 +40,11 @@ def make_model(method, input_shape):
 
 def main():
     print(f"Backend: {keras.backend.backend()}, Keras {keras.__version__}")
-    # Half of what is no training data is there to choose rho by, the other half to test on.
-    train_data, (x, y) = load_images(args.dataset, num_train=args.train, num_test=4000)
-    half = len(x) // 2
-    validation_data, test_data = (x[:half], y[:half]), (x[half:], y[half:])
+    # A half more is there to choose rho by; its labels are as often wrong.
+    count = 300 if args.quick else args.train
+    (x, y), test_data = load_images(args.dataset, num_train=count + count // 2, num_test=2000)
+    y = mislabel(y, args.label_noise)
+    train_data, validation_data = (x[:count], y[:count]), (x[count:], y[count:])
     model = make_model(args.method, x.shape[1:])
 
     found = keras_sharp.rho_range_test(
@@ -75,20 +62,17 @@ def main():
             f"{rho:>8.4f} {val_loss:>10.4f} {loss:>10.4f} {sharpness:>10.4f} {gain:>8.4f} "
             f"{predicted:>8.4f} {cosine:>7.3f}{mark}"
         )
-    path = pathlib.Path(args.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    keras_sharp.plots.rho_range(found).savefig(path, dpi=120)
-    print(f"\nPicture: {path}\n")
+    save(keras_sharp.plots.rho_range(found), args.output)
 
-    model.method.rho = found.recommended  # The model is as it was, but for this.
-    contestants = {
-        "no adversary": make_model(None, x.shape[1:]),
-        f"{args.method}, rho {found.recommended:.3g}": model,
-    }
-    for name, contestant in contestants.items():
-        keras.utils.set_random_seed(args.seed)
+    print("\nTo the end:")
+    for factor in (0, 1 / 3, 1, 3):
+        rho = factor * found.recommended
+        contestant = make_model(args.method if factor else None, x.shape[1:])
+        if factor:
+            contestant.method.rho = rho
         contestant.fit(*train_data, batch_size=32, epochs=args.epochs, verbose=0)
         loss, accuracy = contestant.evaluate(*test_data, batch_size=500, verbose=0)
+        name = f"{args.method}, rho {rho:.3g}" if factor else "no adversary"
         print(f"{name:>24}: test accuracy {accuracy:.4f}, test loss {loss:.4f}", flush=True)
 
 

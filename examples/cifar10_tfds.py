@@ -13,7 +13,13 @@ are those at hand, read through TensorFlow Datasets all the same.
 from common import accelerator, parse, progress, save
 
 args = parse(
-    __doc__, epochs=30, batch_size=128, width=16, augment="mixup", data_dir=None, train=25_000
+    __doc__,
+    epochs=30,
+    batch_size=(128, "images per step"),
+    width=(16, "filters of the first layers"),
+    augment=("mixup", "mixup, cutmix, randaugment or none"),
+    data_dir=(None, "the folder of TensorFlow Datasets; default: its own"),
+    train=(25_000, "how many images to train on"),
 )
 
 import keras  # noqa: E402

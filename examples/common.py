@@ -14,24 +14,32 @@ def parse(description, epochs, quick_epochs=1, **options):
         description: the docstring of the script.
         epochs: the default of `--epochs`.
         quick_epochs: the same with `--quick`.
-        **options: default values of further options, by name.
+        **options: further options, by name: pairs of a default value and what
+            it means.
 
     Returns:
         An `argparse.Namespace`.
     """
     name = description.split("examples/")[1].split(".py")[0]
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--backend", choices=["tensorflow", "jax", "torch"], help="as Keras")
+    parser.add_argument(
+        "--backend", choices=["tensorflow", "jax", "torch"], help="default: as Keras"
+    )
     parser.add_argument("--quick", action="store_true", help="small and short: does it run?")
-    parser.add_argument("--epochs", type=int, help=f"default: {epochs}")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default=f"results/{name}.png", help="where the picture goes")
-    for option, default in options.items():
+    parser.add_argument(
+        "--epochs", type=int, help=f"how often the data are seen; default: {epochs}"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order; default: 0")
+    output = f"results/{name}.png"
+    parser.add_argument(
+        "--output", default=output, help=f"where the picture goes; default: {output}"
+    )
+    for option, (default, meaning) in options.items():
         parser.add_argument(
             f"--{option.replace('_', '-')}",
             default=default,
             type=str if default is None else type(default),
-            help=f"default: {default}",
+            help=meaning if default is None else f"{meaning}; default: {default}",
         )
     args = parser.parse_args()
     if args.epochs is None:

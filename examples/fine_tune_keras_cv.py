@@ -11,7 +11,12 @@ a tiny one and trains it on the first five classes. Then it learns the last five
 
 from common import parse, progress, save
 
-args = parse(__doc__, epochs=20, preset="mobilenet_v3_small_imagenet", dataset="auto")
+args = parse(
+    __doc__,
+    epochs=20,
+    preset=("mobilenet_v3_small_imagenet", "a backbone of KerasCV, where there is a network"),
+    dataset=("auto", "auto, fashion_mnist, mnist or digits: what is at hand"),
+)
 
 import keras  # noqa: E402
 import keras_cv  # noqa: E402

@@ -12,7 +12,12 @@ it learns the last five classes from 200 images, once with SGD and once with SAM
 
 from common import parse, progress, save
 
-args = parse(__doc__, epochs=20, preset="resnet_18_imagenet", dataset="auto")
+args = parse(
+    __doc__,
+    epochs=20,
+    preset=("resnet_18_imagenet", "a classifier of KerasHub, where there is a network"),
+    dataset=("auto", "auto, fashion_mnist, mnist or digits: what is at hand"),
+)
 
 import keras  # noqa: E402
 import keras_hub  # noqa: E402

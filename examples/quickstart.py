@@ -6,22 +6,23 @@
 Trains a small convolutional network on 2,000 real images, 40 % of which have a wrong
 label: once with plain SGD, and with each sharpness-aware method, from the same initial
 weights. Prints how well each does on test images with the right labels, at the end and
-at its best epoch, and saves a picture. The settings were chosen on a validation split,
-with as many tries for SGD as for the others: see docs/reproductions.md.
+at its best epoch, and saves a picture. Each rho was chosen on a validation split. So can be
+a learning rate with which SGD does better, 72.7 % of the images: see docs/reproductions.md.
 """
 
 import argparse
 import os
 import time
 
-#: For 40 % of wrong labels, from `make reproduce NAME=label_noise` (docs/results).
+#: The usual learning rate, and for each method the rho that `make reproduce NAME=label_noise` chose
+#: at 40 % of wrong labels (docs/results/label_noise.json).
 SETTINGS = {
     "sgd": {"learning_rate": 0.1},
-    "sam": {"learning_rate": 0.1, "rho": 0.2},
-    "asam": {"learning_rate": 0.1, "rho": 1.0},
-    "gsam": {"learning_rate": 0.1, "rho": 0.2, "alpha": 0.1},
-    "adaptive_gsam": {"learning_rate": 0.1, "rho": 1.0, "alpha": 0.1},
-    "bsam": {"learning_rate": 0.1, "rho": 0.1},
+    "sam": {"learning_rate": 0.1, "rho": 0.365},
+    "asam": {"learning_rate": 0.1, "rho": 2.38},
+    "gsam": {"learning_rate": 0.1, "rho": 0.222},
+    "adaptive_gsam": {"learning_rate": 0.1, "rho": 2.38},
+    "bsam": {"learning_rate": 0.1, "rho": 0.135},
 }
 
 parser = argparse.ArgumentParser(
@@ -149,7 +150,7 @@ def save_picture(results, path, caption):
     left.set(xlabel="epoch", title="accuracy on clean test images, %")
     left.legend(frameon=False)
     middle.set(xlabel="epoch", title="wrong labels learned by heart, %")
-    right.set(title="test accuracy at the end, %  (|: at the best epoch)")
+    right.set(title="at the end, %  (|: at the best epoch)")
     right.invert_yaxis()
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)

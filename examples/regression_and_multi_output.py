@@ -12,7 +12,7 @@ loss and metrics of its own. Each is trained on several splits of the data.
 
 from common import parse, save
 
-args = parse(__doc__, epochs=60, quick_epochs=3, repeats=5)
+args = parse(__doc__, epochs=60, quick_epochs=3, repeats=(5, "how many splits of the data"))
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402

@@ -26,18 +26,26 @@ import os
 import pathlib
 import time
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--backend", choices=["tensorflow", "jax", "torch"], help="default: as Keras")
-parser.add_argument(
-    "--dataset", default="auto", choices=["auto", "fashion_mnist", "mnist", "digits"]
+parser = argparse.ArgumentParser(
+    description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
 )
-parser.add_argument("--epochs", type=int, default=20)
-parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--backend", choices=["tensorflow", "jax", "torch"], help="None: as Keras")
+parser.add_argument(
+    "--dataset",
+    default="auto",
+    choices=["auto", "fashion_mnist", "mnist", "digits"],
+    help="auto: the first that is at hand",
+)
+parser.add_argument("--quick", action="store_true", help="small and short: does it run?")
+parser.add_argument("--epochs", type=int, default=20, help="how often each image is seen")
+parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order")
 parser.add_argument("--train", type=int, default=1000, help="how many images to train on")
 parser.add_argument("--probe", type=int, default=500, help="how many of them to look at")
 parser.add_argument("--points", type=int, default=15, help="of each slice of the loss")
 parser.add_argument("--output", default="results", help="the folder for the pictures")
 args = parser.parse_args()
+if args.quick:
+    args.epochs, args.train, args.probe, args.points = 2, 100, 50, 5
 if args.backend:
     os.environ["KERAS_BACKEND"] = args.backend  # before Keras is imported
 

@@ -11,7 +11,7 @@ the training set or all in the test set. AdamW alone, with SAM, and with GSAM.
 
 from common import parse, progress, save
 
-args = parse(__doc__, epochs=8, dim=64)
+args = parse(__doc__, epochs=8, dim=(64, "the width of the transformer"))
 
 import importlib  # noqa: E402
 import inspect  # noqa: E402

@@ -185,11 +185,12 @@ def rho_range(found):
     ):
         values = getattr(found, name)
         _curve(panel, rho, values[1:], color=color, label=label)
-        panel.axhline(values[0], color=color, ls="--", lw=1)
+        panel.axhline(values[0], color=color, ls="--", lw=1, label=f"{label}, no adversary")
     _curve(right, rho, found.gain[1:], color="C3", label="rise of the loss")
     _curve(right, rho, found.predicted_gain[1:], color="C4", ls="--", label="if it were linear")
     cosine = right.twinx()
-    _curve(cosine, rho, found.cosine[1:], color="C7", ls=":", label="cosine")
+    _curve(cosine, rho, found.cosine[1:], color="C7", ls=":")
+    right.plot([], [], color="C7", ls=":", label="cosine of the gradients")  # for the legend
     cosine.set_ylabel("cosine of the gradients", color="C7")
     cosine.set(ylim=(min(0, found.cosine.min()), 1.02))
     cosine.spines["top"].set_visible(False)

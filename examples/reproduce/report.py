@@ -2,7 +2,8 @@
 
     python examples/reproduce/report.py
 
-writes the tables of docs/reproductions.md anew from docs/results/*.json.
+writes the tables of docs/reproductions.md and README.md anew, from docs/results/*.json and
+benchmarks/results/*.json.
 """
 
 import json
@@ -16,6 +17,8 @@ from scipy import stats
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PAGE, RESULTS = ROOT / "docs" / "reproductions.md", ROOT / "docs" / "results"
+PAGES = (PAGE, ROOT / "README.md")
+BENCHMARKS = ROOT / "benchmarks" / "results"
 
 NAMES = {
     "sgd": "SGD",
@@ -395,8 +398,78 @@ def which_rho(folder):
     return lines
 
 
-#: The tables of the page, by the name in its comments.
+def wrong_labels(folder):
+    """What the README shows of `label_noise`: SGD with two learning rates, and the methods."""
+    content = load(folder, "label_noise")
+    data = _share(content, 0.4)
+    shown = ("accuracy", "stopped", "memorized")
+    lines = [
+        f"| 40 % wrong labels | {' | '.join(NUMBERS[n].title for n in shown)} |",
+        "|---" * (len(shown) + 1) + "|",
+    ]
+    methods = dict.fromkeys(run["method"] for run in content["runs"])
+    rows = [("control", "sgd"), *(("final", method) for method in methods)]
+    for stage, method in rows:
+        found = entries(content, stage=stage, method=method, data=data)
+        if found:
+            ((name, value),) = list(found[0]["setting"].items())[-1:]
+            cells = [text_of([NUMBERS[n].read(e) for e in found], NUMBERS[n]) for n in shown]
+            title = f"{NAMES[method]}, {name.replace('_', ' ')} {value:g}"
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def _share(content, share):
+    """The condition with the share of wrong labels that is nearest to one."""
+    return min(conditions(content), key=lambda name: abs(float(name.split()[1]) - share))
+
+
+#: The networks of the benchmarks, and the programs that ran them.
+WORKLOADS = {"W1": "CNN with BatchNormalization", "W2": "MLP", "W3": "transformer"}
+WORKERS = {
+    "tensorflow-jit": "TensorFlow, XLA",
+    "tensorflow": "TensorFlow, graph",
+    "jax": "JAX",
+    "torch": "PyTorch",
+}
+
+
+def cost(folder):
+    """CPU time of a step of SAM and of BSAM, in plain steps: the median over the rounds."""
+    del folder  # These are the files of the benchmarks.
+    blocks = {
+        name: json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))["blocks"]
+        for name in WORKLOADS
+    }
+    lines = [
+        f"| SAM / BSAM, in plain steps | {' | '.join(WORKLOADS.values())} |",
+        "|---" * (len(WORKLOADS) + 1) + "|",
+    ]
+    for worker, title in WORKERS.items():
+        cells = [
+            " / ".join(f"{_ratio(blocks[name], worker, m):.2f}" for m in ("sam", "bsam"))
+            for name in WORKLOADS
+        ]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def _ratio(blocks, worker, contestant):
+    """The median over the rounds of the time of a step over that of a plain step."""
+    times = {
+        (b["contestant"], b["round"]): b["cpu_s"] / b["steps"]
+        for b in blocks
+        if b["worker"] == worker
+    }
+    rounds = [n for name, n in times if name == contestant]
+    return float(np.median([times[contestant, n] / times["plain", n] for n in rounds]))
+
+
+#: The tables of the pages, by the name in their comments.
 TABLES = {
+    "wrong labels": wrong_labels,
+    "cost": cost,
+    "label_noise": lambda folder: methods(folder, "label_noise"),
     "claims": claims,
     "moons": lambda folder: methods(folder, "moons"),
     "mnist_cnn": lambda folder: methods(folder, "mnist_cnn"),
@@ -545,22 +618,34 @@ def _rho_picture(content):
 
 def _noise_picture(content):
     """Accuracy and what was learned by heart, over the epochs, at the share nearest to 40 %."""
-    data = min(conditions(content), key=lambda name: abs(float(name.split()[1]) - 0.4))
+    data = _share(content, 0.4)
     figure, ((left, middle, right),) = _panels(1, 3, width=4.6)
-    for method, color in (("sgd", "C0"), ("sam", "C1")):
-        runs = entries(content, stage="final", method=method, data=data)
-        for panel, name in ((left, "test_accuracies"), (middle, "memorized")):
-            curves = 100 * np.array([run[name] for run in runs])
+    for stage, method, style in (
+        ("control", "sgd", {"color": "C0"}),
+        ("final", "sgd", {"color": "C0", "ls": "--"}),
+        ("final", "sam", {"color": "C1"}),
+    ):
+        runs = entries(content, stage=stage, method=method, data=data)
+        ((name, value),) = list(runs[0]["setting"].items())[-1:]
+        label = f"{NAMES[method]}, {name.replace('_', ' ')} {value:g}"
+        for panel, number in ((left, "test_accuracies"), (middle, "memorized")):
+            curves = 100 * np.array([run[number] for run in runs])
             mean = curves.mean(0)
             error = curves.std(0, ddof=1) / math.sqrt(len(curves))
             epochs = np.arange(1, len(mean) + 1)
-            panel.plot(epochs, mean, color=color, label=NAMES[method])
-            panel.fill_between(epochs, mean - error, mean + error, color=color, alpha=0.2, lw=0)
-    left.set(xlabel="epoch", ylabel="test accuracy, %")
-    left.set_title(NAMES[data], loc="left")
-    left.legend(frameon=False)
-    middle.set(xlabel="epoch", ylabel="wrong labels learned by heart, %")
+            panel.plot(epochs, mean, label=label, **style)
+            panel.fill_between(
+                epochs, mean - error, mean + error, color=style["color"], alpha=0.2, lw=0
+            )
+    left.set(xlabel="epoch", ylim=(40, None))
+    left.set_title(f"{NAMES[data]}: test accuracy, %", loc="left")
+    left.legend(frameon=False, loc="lower right")
+    middle.set(xlabel="epoch", ylim=(0, None))
+    middle.set_title("wrong labels learned by heart, %", loc="left")
     _dots(right, content, "accuracy", data=data)
+    usual = [NUMBERS["accuracy"].read(e) for e in entries(content, stage="control", data=data)]
+    right.axvline(np.mean(usual), color="C0", lw=1)
+    right.text(np.mean(usual), 5.4, " SGD,\n usual rate", color="C0", va="bottom", fontsize=8)
     right.set_title("at the end", loc="left")
     return figure
 
@@ -574,5 +659,6 @@ PICTURES = {
 }
 
 if __name__ == "__main__":
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"Filled the tables of {PAGE.relative_to(ROOT)}")
+    for page in PAGES:
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"Filled the tables of {page.relative_to(ROOT)}")
