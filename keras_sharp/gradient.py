@@ -113,7 +113,6 @@ def sharpness_aware_gradient(
     >>> x, y = ops.ones((8, 4)), ops.ones((8, 1))
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     >>> optimizer = keras.optimizers.SGD(0.1)
-    >>> optimizer.build(model.trainable_variables)
     >>> method = keras_sharp.methods.SAM(rho=0.05)
     >>> def loss_fn(w):
     ...     y_pred, _ = model.stateless_call(w, [], x, training=True)
@@ -122,9 +121,7 @@ def sharpness_aware_gradient(
     >>> result = keras_sharp.sharpness_aware_gradient(loss_fn, w, method)
     >>> [d.shape == v.shape for d, v in zip(result.direction, w)]
     [True, True]
-    >>> w, _ = optimizer.stateless_apply(
-    ...     [v.value for v in optimizer.variables], result.direction, w
-    ... )
+    >>> optimizer.apply(result.direction, model.trainable_variables)
 
     Reference:
         - [Foret et al., 2021](https://arxiv.org/abs/2010.01412)
@@ -264,7 +261,7 @@ def _hyperparameters(method, step, learning_rate, given):
             )
     if step is not None:
         step = _value("step", step)
-    values = {}
+    values: dict[str, Any] = {}
 
     def read(variable):  # One may follow another, which comes first.
         of_step = (v for name, v in values.items() if method.settings[name].variable is variable)
