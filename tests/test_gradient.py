@@ -372,7 +372,7 @@ def test_a_direction_that_overflows_is_told():
         def direction(self, objective, w, g):
             return [t * 1e30 for t in g]
 
-    assert not bool(sharpness_aware_gradient(quadratic, [tensor(1e30)], Huge()).finite)
+    assert not bool(sharpness_aware_gradient(quadratic, [tensor(1e15)], Huge()).finite)
     assert bool(sharpness_aware_gradient(quadratic, [tensor(1.0)], Huge()).finite)
 
 
