@@ -10,6 +10,7 @@ from keras_sharp import (
     schedules,
     sharpness,
 )
+from keras_sharp.gradient import sharpness_aware_gradient
 from keras_sharp.model import SharpnessAwareModel
 from keras_sharp.objective import Objective
 from keras_sharp.rho_range import RhoRange, rho_range_test
@@ -30,4 +31,5 @@ __all__ = [
     "rho_range_test",
     "schedules",
     "sharpness",
+    "sharpness_aware_gradient",
 ]

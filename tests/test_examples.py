@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import warnings
@@ -260,6 +261,21 @@ def test_a_method_of_ones_own(tmp_path):
     out = run_quickly("custom_method.py", cwd=tmp_path)
     rows = [line for line in out.splitlines() if line.startswith("mixture")]
     assert len({row.split(":")[1] for row in rows}) == 3
+
+
+def test_a_training_loop_of_ones_own(tmp_path):
+    out = run_quickly("training_loop.py", cwd=tmp_path)
+    losses = re.findall(r"(no adversary|SAM|GSAM): loss (0\.\d+), test accuracy 0\.[5-9]", out)
+    assert [name for name, _ in losses] == ["no adversary", "SAM", "GSAM"]
+    assert len({loss for _, loss in losses}) == 3
+
+
+def test_a_gan(tmp_path):
+    out = run_quickly("gan.py", "--method", "gsam", "--rho", "0.2", cwd=tmp_path)
+    assert "100 steps of 256 points" in out
+    shares = re.findall(r"(no adversary|GSAM): \d of 8 Gaussians, (\d+\.\d)% of the points", out)
+    assert [name for name, _ in shares] == ["no adversary", "GSAM"]
+    assert len({share for _, share in shares}) == 2
 
 
 @pytest.mark.slow
