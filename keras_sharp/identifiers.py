@@ -5,8 +5,12 @@ import difflib
 import keras
 
 
-def look_up(identifier, base, table, kind):
-    """An instance of `base`: from a name in `table`, a config, or the instance itself."""
+def look_up(identifier, base, table, kind, hint=""):
+    """An instance of `base`: from a name in `table`, a config, or the instance itself.
+
+    The name of a class in the table will do as well, as it does in Keras. The
+    error for what is none of these ends with `hint`.
+    """
     if isinstance(identifier, base):
         return identifier
     if isinstance(identifier, dict):
@@ -15,14 +19,14 @@ def look_up(identifier, base, table, kind):
             return found
     if isinstance(identifier, str):
         name = identifier.lower().replace("-", "_")
-        if name in table:
-            return table[name]()
+        names = {**{cls.__name__.lower(): cls for cls in table.values()}, **table}
+        if name in names:
+            return names[name]()
         raise ValueError(
             f"There is no {kind} named {identifier!r}.{did_you_mean(name, table)} "
             f"Expected one of {sorted(table)}, or an instance of "
             f"{base.__module__}.{base.__name__}."
         )
-    hint = ""
     if isinstance(identifier, type) and issubclass(identifier, base):
         hint = f" Pass an instance of the class: {identifier.__name__}()."
     raise ValueError(

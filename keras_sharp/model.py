@@ -1008,7 +1008,11 @@ def _check_model(model):
             "wrapped. Wrap `model.model`, the plain Keras model inside, instead."
         )
     if not isinstance(model, keras.Model):
-        hint = " Pass an instance of the class." if isinstance(model, type) else ""
+        hint = ""
+        if isinstance(model, (str, methods.Method)):
+            hint = " The model comes first: SharpnessAwareModel(model, method)."
+        elif isinstance(model, type):
+            hint = " Pass an instance of the class."
         raise ValueError(
             "SharpnessAwareModel wraps a keras.Model (Sequential, Functional or subclassed). "
             f"Received: {model!r} (of type {type(model).__name__}).{hint}"

@@ -302,8 +302,9 @@ def get(identifier):
 
     Args:
         identifier: one of the names `"euclidean"`, `"adaptive"`,
-            `"weight_scaled"` and `"unnormalized"`, the config that
-            `serialize` returned, or a `Neighborhood`.
+            `"weight_scaled"` and `"unnormalized"`, the name of a class such
+            as `"AdaptiveBall"`, the config that `serialize` returned, or a
+            `Neighborhood`.
 
     Returns:
         A `Neighborhood`.

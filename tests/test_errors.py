@@ -69,6 +69,30 @@ def test_a_method_class_is_answered_with_its_instance():
         SharpnessAwareModel(network(), methods.GSAM)
 
 
+@pytest.mark.parametrize(
+    "optimizer", ["sgd", keras.optimizers.SGD, keras.optimizers.SGD(0.1)], ids=["name", "cls", "it"]
+)
+def test_an_optimizer_in_place_of_a_method_is_sent_to_compile(optimizer):
+    with pytest.raises(ValueError, match=r"Give the optimizer to `compile`"):
+        SharpnessAwareModel(network(), optimizer)
+
+
+def test_a_radius_in_place_of_a_method_is_answered_with_the_method():
+    with pytest.raises(ValueError, match=r"keras_sharp\.methods\.SAM\(rho=0\.05\)\.$"):
+        SharpnessAwareModel(network(), 0.05)
+
+
+@pytest.mark.parametrize("method", ["sam", methods.GSAM()], ids=["name", "instance"])
+def test_model_and_method_swapped_are_told_apart(method):
+    with pytest.raises(ValueError, match=r"comes first: SharpnessAwareModel\(model, method\)"):
+        SharpnessAwareModel(method, network())
+
+
+def test_a_model_in_place_of_a_method_is_told_where_models_stand():
+    with pytest.raises(ValueError, match=r"The model is the first argument"):
+        SharpnessAwareModel(network(), network())
+
+
 def test_an_unknown_perturb_is_answered_with_the_nearest_spelling():
     with pytest.raises(ValueError, match=r"perturb='norms_only'.*Did you mean 'norm_only'\?"):
         SharpnessAwareModel(network(), perturb="norms_only")

@@ -78,6 +78,15 @@ def test_a_share_of_labels_is_wrong():
     np.testing.assert_array_equal(datasets.mislabel(labels, 0.0), labels)
 
 
+def test_what_tensorboard_is_to_show_is_written(tmp_path):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    done = run("watch_in_tensorboard.py", "--quick", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    logs = tmp_path / "results" / "watch_in_tensorboard"
+    assert {"spectra", "train", "validation"} == {run.name for run in logs.iterdir()}
+    assert done.stdout.splitlines()[-1].startswith("tensorboard --logdir results")
+
+
 def test_quickstart_refuses_a_method_that_does_not_exist(tmp_path):
     done = run("quickstart.py", "--method", "sma", cwd=tmp_path)
     assert done.returncode != 0

@@ -213,6 +213,11 @@ def test_names_may_be_written_as_in_the_papers(name, expected):
     assert type(methods.get(name)) is expected
 
 
+@pytest.mark.parametrize("cls", METHODS.values())
+def test_get_by_the_name_of_the_class(cls):
+    assert type(methods.get(cls.__name__)) is cls
+
+
 def test_get_returns_an_instance_as_it_is():
     method = GSAM(rho=0.3)
     assert methods.get(method) is method
@@ -220,7 +225,7 @@ def test_get_returns_an_instance_as_it_is():
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("sma", "sam"), ("gsma", "gsam"), ("adaptivegsam", "adaptive_gsam"), ("b-sam", "bsam")],
+    [("sma", "sam"), ("gsma", "gsam"), ("adaptivegsan", "adaptive_gsam"), ("b-sam", "bsam")],
 )
 def test_an_unknown_name_is_answered_with_the_nearest_spelling(name, nearest):
     with pytest.raises(ValueError, match=f"no method named '{name}'.*Did you mean '{nearest}'"):

@@ -344,6 +344,10 @@ def test_an_integer_order_is_saved_as_the_float_it_is():
         ("weight_scaled", WeightScaledBall),
         ("Weight-Scaled", WeightScaledBall),
         ("unnormalized", Unnormalized),
+        ("Ball", Ball),
+        ("AdaptiveBall", AdaptiveBall),
+        ("WeightScaledBall", WeightScaledBall),
+        ("Unnormalized", Unnormalized),
     ],
 )
 def test_names(name, expected):

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import sys
 
 import keras
 import numpy as np
@@ -259,3 +260,53 @@ def test_bad_data_are_refused_before_the_first_epoch(probe):
 @AS_WRITTEN
 def test_more_eigenvalues_than_weights_are_refused_before_the_first_epoch():
     refused(HessianProbe(X, Y, k=4), r"Received: k=4 and 3 weights")
+
+
+# TensorBoard
+
+
+def test_tensorboard_shows_scalars_and_spectra(tmp_path):
+    pytest.importorskip("tensorflow")
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    from tensorboard.backend.event_processing import event_accumulator
+
+    def events(run):
+        found = event_accumulator.EventAccumulator(str(tmp_path / run)).Reload()
+        return found, found.Tags()["tensors"]
+
+    probe = HessianProbe(X, Y, k=2, density=True, log_dir=str(tmp_path))
+    board = keras.callbacks.TensorBoard(str(tmp_path))
+    model = compiled(SharpnessAwareModel(models.mlp(), "sam", extra_logs=["sharpness"]))
+    history = fit(model, 2, [probe, board])
+
+    found, tags = events("train")
+    for name in ("rho", "sharpness", "hessian_lambda_1", "hessian_lambda_2"):
+        written = [_array(event) for event in found.Tensors(f"epoch_{name}")]
+        np.testing.assert_allclose(written, history[name], rtol=1e-6)
+
+    found, tags = events("spectra")
+    assert set(tags) == {"hessian_eigenvalues", "hessian_density"}
+    for epoch, event in enumerate(found.Tensors("hessian_eigenvalues")):
+        buckets = _array(event)  # Rows of left end, right end and count.
+        seen = [history[f"hessian_lambda_{i}"][epoch] for i in (1, 2)]
+        assert event.step == epoch
+        assert buckets[:, 2].sum() == 2
+        np.testing.assert_allclose((buckets[0, 0], buckets[-1, 1]), sorted(seen), rtol=1e-6)
+    images = [_array(event) for event in found.Tensors("hessian_density")]
+    assert len(images) == 2
+    assert all(image[2].startswith(b"\x89PNG") for image in images)
+    assert images[0][2] != images[1][2]
+
+
+def _array(event):
+    from tensorboard.util import tensor_util
+
+    return tensor_util.make_ndarray(event.tensor_proto)
+
+
+@pytest.mark.parametrize("missing", ["tensorboard", "tensorflow.summary"])
+def test_a_log_dir_without_what_writes_it_is_refused(missing, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    probe = HessianProbe(X, Y, k=2, log_dir=str(tmp_path))
+    with pytest.raises(ImportError, match=r"pip install tensorflow tensorboard"):
+        fit(compiled(models.mlp()), 1, [probe])

@@ -1,6 +1,7 @@
 """What is saved and loaded trains on as if nothing had happened."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -752,3 +753,38 @@ def test_the_exported_model_predicts_the_same(tmp_path):
         loaded = tf.saved_model.load(str(tmp_path / "model"))
         got = loaded.serve(x).numpy()
     assert_close([got], [wrapper.predict(x, verbose=0)], rtol=1e-5)
+
+
+# A process that has not imported keras_sharp
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_the_error_of_a_process_without_the_import_names_the_package(imported, tmp_path):
+    path = str(tmp_path / "training.keras")
+    model = SharpnessAwareModel(models.mlp(), "gsam")
+    model.compile("sgd", "mse")
+    model.save(path)
+    code = f"import keras; print(type(keras.saving.load_model({path!r})).__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import keras_sharp; {code}" if imported else code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if imported:
+        assert done.returncode == 0, done.stderr
+        assert "SharpnessAwareModel" in done.stdout
+    else:
+        assert done.returncode != 0
+        words = r"Could not locate class 'SharpnessAwareModel'.*imported.*'module': 'keras_sharp\."
+        assert re.search(words, done.stderr, re.DOTALL)
+
+
+def test_the_network_alone_is_loaded_without_the_package(tmp_path):
+    path = str(tmp_path / "network.keras")
+    model = SharpnessAwareModel(models.mlp(), "gsam")
+    model.compile("sgd", "mse")
+    model.model.save(path)
+    code = f"import keras, sys; keras.saving.load_model({path!r}); assert not any("
+    code += "name.startswith('keras_sharp') for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

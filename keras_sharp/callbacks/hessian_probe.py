@@ -1,6 +1,11 @@
 """The curvature of the loss, watched in training."""
 
+import importlib
 import math
+import os
+
+import keras
+import numpy as np
 
 from keras_sharp import curvature, plots
 from keras_sharp.callbacks.probe import Probe
@@ -34,10 +39,18 @@ class HessianProbe(Probe):
             `False`.
         verbose: Integer. `0` is quiet, `1` prints the numbers. Defaults to
             `0`.
+        log_dir: String, a directory that TensorBoard reads. The spectra are
+            written there, as a run named `spectra`: the eigenvalues as a
+            histogram and, with `density=True`, the density as an image. Needs
+            TensorFlow and TensorBoard, on every backend, as
+            `keras.callbacks.TensorBoard` does. Defaults to `None`: nothing is
+            written.
         **kwargs: `batch_size`, `variables` and `certify`, see
             `HessianOperator`.
 
     Raises:
+        ImportError: before the first epoch, if there is a `log_dir` and
+            TensorFlow or TensorBoard is not installed.
         ValueError: if an argument is not one of these; before the first
             epoch, if the data do not fit the model, if the loss on them is
             not finite, if a product is wrong, or if there are fewer than `k`
@@ -70,6 +83,7 @@ class HessianProbe(Probe):
         trace=False,
         density=False,
         verbose=0,
+        log_dir=None,
         **kwargs,
     ):
         super().__init__((x, y, sample_weight), every, verbose)
@@ -79,6 +93,7 @@ class HessianProbe(Probe):
             if not isinstance(value, bool):
                 raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
         self.k, self.trace, self.density = k, trace, density
+        self.log_dir = log_dir
         self.options = kwargs
         self.names = [f"hessian_lambda_{i + 1}" for i in range(k)]
         if k > 1:
@@ -96,6 +111,9 @@ class HessianProbe(Probe):
         self.history["certificate"] = []
         if self.density:
             self.history["density"] = []
+        if self.log_dir is not None:
+            self._summary = _summary_module()
+            self._writer = self._summary.create_file_writer(os.path.join(self.log_dir, "spectra"))
 
     def refresh(self):
         self._hessian.refresh()
@@ -115,6 +133,25 @@ class HessianProbe(Probe):
             self.history["density"].append(density)
         return dict(zip(self.names, numbers, strict=True))
 
+    def on_epoch_end(self, epoch, logs=None):
+        looks = len(self.history["certificate"])
+        super().on_epoch_end(epoch, logs)
+        if self.log_dir is not None and len(self.history["certificate"]) > looks:
+            self._write_spectra(epoch)
+
+    def on_train_end(self, logs=None):
+        if self.log_dir is not None:
+            self._writer.close()
+
+    def _write_spectra(self, epoch):
+        values = [self.history[name][-1] for name in self.names[: self.k]]
+        with self._writer.as_default():
+            self._summary.histogram("hessian_eigenvalues", values, step=epoch)
+            if self.density:
+                figure = plots.spectral_density({"": self.history["density"][-1]})
+                self._summary.image("hessian_density", _pixels(figure)[None], step=epoch)
+        self._writer.flush()  # To be seen while the training runs.
+
     def plot(self):
         """Draw the eigenvalues over the epochs.
 
@@ -123,3 +160,28 @@ class HessianProbe(Probe):
             `keras_sharp.plots.eigenvalue_history`.
         """
         return plots.eigenvalue_history(self.history)
+
+
+def _summary_module():
+    """What writes the files of TensorBoard: that of Keras' own callback."""
+    try:
+        # TensorFlow offers the functions without TensorBoard, too; they raise when called.
+        importlib.import_module("tensorboard")
+        return keras.callbacks.TensorBoard().summary
+    except ImportError as error:
+        raise ImportError(
+            "`log_dir` of a HessianProbe needs TensorFlow and TensorBoard, whatever the backend, "
+            "as keras.callbacks.TensorBoard does. Install them by "
+            "`pip install tensorflow tensorboard`, or leave `log_dir` out."
+        ) from error
+
+
+def _pixels(figure):
+    """A figure as an array of the shape (height, width, 4); the figure is closed."""
+    import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    plt.close(figure)
+    return np.asarray(canvas.buffer_rgba()).copy()

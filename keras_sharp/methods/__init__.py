@@ -39,8 +39,9 @@ def get(identifier):
     """A method, from its name, its config or itself.
 
     Args:
-        identifier: a name such as `"sam"` or `"adaptive_gsam"`, the config
-            that `serialize` returned, or a `Method`. `None` is plain training.
+        identifier: a name such as `"sam"` or `"adaptive_gsam"`, the name of
+            a class such as `"AdaptiveGSAM"`, the config that `serialize`
+            returned, or a `Method`. `None` is plain training.
 
     Returns:
         A `Method`.
@@ -62,7 +63,12 @@ def get(identifier):
             f"method={identifier!r}. Give the optimizer to `compile`: "
             "`SharpnessAwareModel(model, 'sam').compile(optimizer, loss)`, say."
         )
-    return look_up(identifier, Method, METHODS, "method")
+    hint = ""
+    if isinstance(identifier, float):
+        hint = f" A radius is an argument of the method: keras_sharp.methods.SAM(rho={identifier})."
+    elif isinstance(identifier, keras.Model):
+        hint = " The model is the first argument of a SharpnessAwareModel, the method the second."
+    return look_up(identifier, Method, METHODS, "method", hint)
 
 
 def _is_optimizer(identifier):
