@@ -76,7 +76,9 @@ class Delegation:
 
     def quantize(self, mode=None, config=None, **kwargs):
         """Quantize the wrapped model, as `keras.Model.quantize` does."""
-        self.model.quantize(mode, config=config, **kwargs)
+        if config is not None:  # Keras has it from 3.13 on.
+            kwargs["config"] = config
+        self.model.quantize(mode, **kwargs)
         # They were made for other variables.
         self.train_function = self.test_function = self.predict_function = None
 

@@ -37,7 +37,7 @@ def precision(dtype):
         if dtype == "float64" and BACKEND == "jax":
             import jax
 
-            stack.enter_context(jax.enable_x64(True))
+            stack.enter_context(models.enable_x64())
             # Half of the time is spent on compiling, and half of that on optimizing.
             jax.config.update("jax_disable_most_optimizations", True)
             stack.callback(jax.config.update, "jax_disable_most_optimizations", False)
