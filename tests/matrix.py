@@ -4,9 +4,9 @@
     python tests/matrix.py --python 3.12 --backend jax -- tests/test_methods.py
     python tests/matrix.py --backend jax --install keras==3.10.0 jax==0.6.0
 
-The environments are made in `build/matrix`, with the versions of `constraints.txt`; what follows
-`--install` takes the place of these. The other two backends are absent. What stands after `--`
-goes to pytest; without it, all tests run that are not marked slow.
+The environments are made in `build/matrix`, with the versions of `constraints.txt`, or with what
+follows `--install` and the newest of all else. The other two backends are absent. What stands
+after `--` goes to pytest; without it, all tests run that are not marked slow.
 """
 
 import argparse
@@ -57,8 +57,9 @@ def find_python(version):
     candidates = [f"python{version}", *pyenv.glob(f"versions/{version}.*/bin/python")]
     for candidate in candidates:
         try:
-            # A command of pyenv may be there without a Python behind it.
-            subprocess.run([candidate, "-c", ""], check=True, capture_output=True)
+            # The command may be there without a Python behind it, or without what makes
+            # environments.
+            subprocess.run([candidate, "-c", "import ensurepip"], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
             continue
         return candidate
@@ -73,7 +74,7 @@ def try_one(python, name, backend, args):
     try:
         python = install(python, environment, backend, args.install)
     except subprocess.CalledProcessError as error:
-        return "", "", "", f"NOT INSTALLED ({error.cmd[-1]})"
+        return "", "", "", f"NOT INSTALLED (exit status {error.returncode})"
     versions, present = look(python, backend)
     if present:
         return versions, "", "", f"NOT ALONE ({', '.join(present)})"
@@ -87,13 +88,9 @@ def install(python, environment, backend, packages):
     """An environment with the package, its tools and one backend: its Python."""
     subprocess.run([python, "-m", "venv", environment], check=True)
     python = environment / "bin" / "python"
-    replaced = {re.split("[=<>!~]", package)[0] for package in packages}
-    pins = (tests.ROOT / "constraints.txt").read_text().splitlines()
-    constraints = environment / "constraints.txt"
-    constraints.write_text("\n".join(pin for pin in pins if pin.split("==")[0] not in replaced))
     pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-    package = f"{tests.ROOT}[dev,{backend}]"
-    subprocess.run([*pip, "-c", constraints, *packages, "-e", package], check=True)
+    versions = packages or ["-c", tests.ROOT / "constraints.txt"]
+    subprocess.run([*pip, *versions, "-e", f"{tests.ROOT}[dev,{backend}]"], check=True)
     return python
 
 

@@ -125,7 +125,7 @@ def two_in_two_out(seed=1):
     inputs = {"a": keras.Input((3,), name="a"), "b": {"c": keras.Input((2,), name="c")}}
     trunk = layers.Concatenate()([inputs["a"], inputs["b"]["c"]])
     trunk = layers.Dense(4, "tanh", name="trunk")(trunk)
-    # Before 3.13, Keras looks metrics up by the names of the layers. TODO
+    # Before 3.12, Keras knows the outputs by the names of their layers only.
     outputs = {name: layers.Dense(n, name=name)(trunk) for name, n in (("small", 1), ("big", 2))}
     return keras.Model(inputs, outputs)
 
