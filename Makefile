@@ -24,7 +24,8 @@ BACKENDS = $(foreach b,$(BACKEND),--backend $(b))
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick fuzz lint format bench reproduce constraints clean distclean
+.PHONY: help install demo test quick matrix fuzz lint format bench reproduce constraints dist clean \
+  distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +40,9 @@ test: lint ## lint, then the tests on every backend (BACKEND=jax for one)
 
 quick: lint ## as test, without the slow tests
 	$(PY) tests/run.py --quick $(BACKENDS) $(ARGS)
+
+matrix: ## as quick, with Python 3.11 to 3.13, each backend alone (ARGS="--python 3.12 --backend jax")
+	$(or $(PYTHON),python3) tests/matrix.py $(ARGS)
 
 fuzz: $(INSTALLED) ## train 1,000 random models on each backend (BACKEND=jax ARGS="--start 5000")
 	for backend in $(or $(BACKEND),tensorflow jax torch); do \
@@ -69,6 +73,17 @@ constraints: ## resolve the newest versions and write them to constraints.txt
 	  build/constraints/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; \
 	} > build/constraints.txt
 	mv build/constraints.txt constraints.txt
+
+dist: ## build what PyPI gets, check it, and train with the wheel in an empty environment
+	rm -rf dist build/dist build/wheel
+	$(call make_venv,build/dist)
+	build/dist/bin/python -m pip install -qq build twine
+	build/dist/bin/python -m build
+	build/dist/bin/python -m twine check --strict dist/*
+	$(call make_venv,build/wheel)
+	build/wheel/bin/python -m pip install -qq -c constraints.txt "$$(ls dist/*.whl)[$(DEMO_BACKEND)]"
+	build/wheel/bin/python -m pip check
+	cd build && KERAS_BACKEND=$(DEMO_BACKEND) wheel/bin/python ../tests/first_step.py
 
 clean: ## remove caches and build products
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -71,12 +71,17 @@ class Delegation:
         return self.model.compute_output_spec(*args, **kwargs)
 
     def get_quantization_layer_structure(self, mode=None):
-        """What the wrapped model says of its structure."""
+        """What the wrapped model says of its structure. It needs Keras 3.13 or newer."""
         return self.model.get_quantization_layer_structure(mode)
 
     def quantize(self, mode=None, config=None, **kwargs):
-        """Quantize the wrapped model, as `keras.Model.quantize` does."""
-        self.model.quantize(mode, config=config, **kwargs)
+        """Quantize the wrapped model, as `keras.Model.quantize` does.
+
+        It takes `config` with Keras 3.12 or newer.
+        """
+        if config is not None:  # Older versions of Keras refuse even `config=None`.
+            kwargs["config"] = config
+        self.model.quantize(mode, **kwargs)
         # They were made for other variables.
         self.train_function = self.test_function = self.predict_function = None
 

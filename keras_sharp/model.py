@@ -208,6 +208,8 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
 
     def _check_attribute(self, name, value):
         """Refuse an attribute that would be taken and do nothing."""
+        if name not in _FIXED and hasattr(self, name):
+            return
         received = f"Received: {name}={value!r}."
         if name in _FIXED:
             raise AttributeError(
@@ -215,8 +217,6 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
                 f"plain model once more, with another `{name}`, and compile the new wrapper: "
                 "SharpnessAwareModel(model.model, ...)."
             )
-        if hasattr(self, name):
-            return
         numbers = {*self.method.settings, *methods.hyperparameters()}
         if name in numbers:
             raise AttributeError(

@@ -82,7 +82,7 @@ def float64():
         if BACKEND == "jax":
             import jax
 
-            stack.enter_context(jax.enable_x64(True))
+            stack.enter_context(models.enable_x64())
             stack.enter_context(jax.disable_jit())
         yield Float64()
 

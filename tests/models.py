@@ -14,6 +14,9 @@ from keras import layers, ops
 
 BACKEND = keras.backend.backend()
 
+#: The version of Keras, as a pair: some tests need what an older one does not have.
+KERAS = tuple(int(number) for number in keras.__version__.split(".")[:2])
+
 # Compiled or not
 
 #: For the fixture of a test module: quick tests run each operation as it is written, by
@@ -41,6 +44,13 @@ def running(mode):
             yield
         finally:
             tf.config.run_functions_eagerly(False)
+
+
+def enable_x64():
+    """Within, JAX has float64. The name was an experimental one before JAX 0.8."""
+    import jax
+
+    return (getattr(jax, "enable_x64", None) or jax.experimental.enable_x64)(True)
 
 
 # Data
@@ -115,7 +125,8 @@ def two_in_two_out(seed=1):
     inputs = {"a": keras.Input((3,), name="a"), "b": {"c": keras.Input((2,), name="c")}}
     trunk = layers.Concatenate()([inputs["a"], inputs["b"]["c"]])
     trunk = layers.Dense(4, "tanh", name="trunk")(trunk)
-    outputs = {"small": layers.Dense(1, name="small")(trunk), "big": layers.Dense(2)(trunk)}
+    # Before 3.12, Keras knows the outputs by the names of their layers only.
+    outputs = {name: layers.Dense(n, name=name)(trunk) for name, n in (("small", 1), ("big", 2))}
     return keras.Model(inputs, outputs)
 
 

@@ -56,11 +56,11 @@ def parse_arguments(arguments):
     return args
 
 
-def run(backend, quick, pytest_arguments):
+def run(backend, quick, pytest_arguments, python=sys.executable):
     """Run pytest on one backend: the counts, the seconds, and "ok" or what is wrong."""
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest"]
+        command = [python, "-m", "pytest"]
         command += ["-m", "not slow"] if quick else []
         command += [*pytest_arguments, f"--junitxml={report}"]
         start = time.perf_counter()

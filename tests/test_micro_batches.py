@@ -187,6 +187,10 @@ def test_sparse_inputs_are_split_alike():
     assert_close(wrapper.model.variables, plain.variables)
 
 
+@pytest.mark.skipif(
+    BACKEND == "torch" and models.KERAS < (3, 14),
+    reason="there, train_on_batch of the plain model raises for a loss of add_loss alone",
+)
 def test_a_model_without_targets_is_split_alike():
     def build():
         keras.utils.set_random_seed(1)

@@ -245,11 +245,12 @@ def test_adaptive_sharpness_does_not_depend_on_how_the_units_are_scaled(name, ne
 
     one, other = np.ones(4), np.array([0.02, 0.3, 8.0, 50.0])
     adaptive = found(one, "adaptive")
-    assert found(other, "adaptive") == pytest.approx(adaptive, rel=1e-3)
+    # A difference of two losses of about 1, in float32.
+    assert found(other, "adaptive") == pytest.approx(adaptive, rel=1e-3, abs=3e-7)
     # The region of training has a size of its own, and the ball anyhow.
     for neighborhood in (neighborhoods.AdaptiveBall(), "euclidean"):
         before, after = (found(c, neighborhood) for c in (one, other))
-        assert abs(after - before) > 0.01 * before  # Ten times what passes above.
+        assert abs(after - before) > 0.01 * before  # Several times what passes above.
 
 
 @AS_WRITTEN

@@ -37,7 +37,7 @@ def precision(dtype):
         if dtype == "float64" and BACKEND == "jax":
             import jax
 
-            stack.enter_context(jax.enable_x64(True))
+            stack.enter_context(models.enable_x64())
             # Half of the time is spent on compiling, and half of that on optimizing.
             jax.config.update("jax_disable_most_optimizations", True)
             stack.callback(jax.config.update, "jax_disable_most_optimizations", False)
@@ -228,8 +228,9 @@ def test_each_layer_of_keras_is_tested_or_left_out_with_its_reason():
     missing = {name for name, cls in found.items() if cls not in tested} - set(zoo.LEFT_OUT)
     assert missing == set(), "Put them into tests/zoo.py, or leave them out with the reason there."
     assert {name for name in zoo.LEFT_OUT if found.get(name) in tested} == set()
-    assert set(zoo.LEFT_OUT) <= set(found), "Keras has lost some of these."
-    assert all(name in zoo.LAYERS for name in zoo.STOPS_GRADIENTS)
+    if models.KERAS >= (3, 15):  # An older one did not have all of them yet.
+        assert set(zoo.LEFT_OUT) <= set(found), "Keras has lost some of these."
+        assert all(name in zoo.LAYERS for name in zoo.STOPS_GRADIENTS)
 
 
 def test_each_loss_of_keras_is_tested():

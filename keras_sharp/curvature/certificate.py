@@ -165,7 +165,7 @@ def _precision(model, variables, w):
     names.add(str(w.dtype))  # JAX has float32 in place of float64, unless told otherwise.
     names |= {layer.compute_dtype for layer in [model, *engine.all_layers(model)]}
     if names == {"float64"}:
-        # On JAX and PyTorch, some operations of Keras 3.15 return float32 all the same.
+        # On JAX and PyTorch, some operations of Keras return float32 all the same, from 3.12 on.
         ones = ops.convert_to_tensor(np.ones((1, 1)), dtype="float64")
         names |= {keras.backend.standardize_dtype(op(ones).dtype) for op in (ops.mean, _squared)}
     return max(_EPS.get(name, 0.0) for name in names)
