@@ -12,7 +12,12 @@ The picture shows what the generator makes, without a method and with one.
 
 from common import parse, save
 
-args = parse(__doc__, epochs=20, method="sam", rho=0.05)
+args = parse(
+    __doc__,
+    epochs=20,
+    method=("sam", "a method of keras_sharp"),
+    rho=(0.05, "its radius"),
+)
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402

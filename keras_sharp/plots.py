@@ -185,7 +185,7 @@ def rho_range(found):
     ):
         values = getattr(found, name)
         _curve(panel, rho, values[1:], color=color, label=label)
-        panel.axhline(values[0], color=color, ls="--", lw=1, label=f"{label}, no adversary")
+        panel.axhline(values[0], color=color, ls="--", lw=1)
     _curve(right, rho, found.gain[1:], color="C3", label="rise of the loss")
     _curve(right, rho, found.predicted_gain[1:], color="C4", ls="--", label="if it were linear")
     cosine = right.twinx()
@@ -198,6 +198,8 @@ def rho_range(found):
     left.set(ylabel="loss", yscale="log" if log else "linear")
     middle.set(ylabel="sharpness")
     right.set(ylabel="adversary's step")
+    for panel in (left, middle):
+        panel.plot([], [], color="black", ls="--", lw=1, label="dashed: no adversary")
     for panel in (left, middle, right):
         if found.recommended > 0:
             panel.axvline(found.recommended, color="black", lw=1, alpha=0.6)

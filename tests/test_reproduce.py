@@ -1,5 +1,6 @@
 """The reproductions: fair, resumable, and the page says what the files say."""
 
+import ast
 import json
 import math
 import pathlib
@@ -46,7 +47,9 @@ def test_the_stored_results_are_complete(path):
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(("name", "seeds"), [("moons", 10), ("mnist_cnn", 3), ("sam_vs_sgd", 3)])
+@pytest.mark.parametrize(
+    ("name", "seeds"), [("moons", 10), ("mnist_cnn", 3), ("sam_vs_sgd", 3), ("label_noise", 5)]
+)
 def test_every_method_had_the_same_budget_and_its_best_setting(name, seeds):
     content = report.load(report.RESULTS, name)
     for data in report.conditions(content):
@@ -64,11 +67,25 @@ def test_every_method_had_the_same_budget_and_its_best_setting(name, seeds):
             assert [run["validation_accuracy"] for run in chosen] == [best]
 
 
-def test_the_tables_of_the_page_are_those_of_the_files():
-    page = report.PAGE.read_text(encoding="utf-8")
-    assert page == report.fill(page), "run `python examples/reproduce/report.py`"
+def test_the_tables_of_the_pages_are_those_of_the_files():
+    pages = [page.read_text(encoding="utf-8") for page in report.PAGES]
+    for page in pages:
+        assert page == report.fill(page), "run `python examples/reproduce/report.py`"
     for name in report.TABLES:
-        assert f"<!-- table: {name} -->\n|" in page
+        assert f"<!-- table: {name} -->\n|" in "".join(pages)
+
+
+def test_the_demo_has_the_settings_that_were_chosen():
+    source = (EXAMPLES / "quickstart.py").read_text(encoding="utf-8")
+    (settings,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "SETTINGS"
+    )
+    content = report.load(report.RESULTS, "label_noise")
+    assert settings.pop("sgd") == report.entries(content, stage="control")[0]["setting"]
+    for method, setting in settings.items():
+        assert setting == report.entries(content, stage="final", method=method)[0]["setting"]
 
 
 def test_the_page_shows_every_picture():
@@ -168,6 +185,7 @@ def run(name, tmp_path, *arguments):
         ("mnist_cnn", "tensorflow"),
         ("sam_vs_sgd", "torch"),
         ("which_rho", "torch"),
+        ("label_noise", "torch"),
     ],
 )
 def test_the_scripts_run(name, backend, tmp_path):

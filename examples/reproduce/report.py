@@ -126,6 +126,24 @@ CLAIMS = [
         "gsam",
     ),
     Claim(
+        "SAM is more accurate than SGD where 40 % of the labels are wrong",
+        SAM,
+        "-",
+        "label_noise",
+        "accuracy",
+        "sam",
+        "sgd",
+    ),
+    Claim(
+        "also if both are stopped early",
+        SAM,
+        "-",
+        "label_noise",
+        "stopped",
+        "sam",
+        "sgd",
+    ),
+    Claim(
         "SAM has a lower test error than SGD",
         f"{SAM}; the figures: {PORT}",
         "2.86 % against 3.20 %",
@@ -469,7 +487,7 @@ def _ratio(blocks, worker, contestant):
 TABLES = {
     "wrong labels": wrong_labels,
     "cost": cost,
-    "label_noise": lambda folder: methods(folder, "label_noise"),
+    "label_noise": lambda folder: methods(folder, "label_noise", "noise 0.4"),
     "claims": claims,
     "moons": lambda folder: methods(folder, "moons"),
     "mnist_cnn": lambda folder: methods(folder, "mnist_cnn"),
