@@ -101,3 +101,33 @@ def test_a_block_is_left_out_only_with_a_reason():
         (13, "if first:\n\n    third = 3\n"),
         (19, "fourth = 4\n"),
     ]
+
+
+REPOSITORY = "https://github.com/keras-sharp/keras-sharp/"
+RAW = "https://raw.githubusercontent.com/keras-sharp/keras-sharp/main/"
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def anchors(page):
+    """The anchors that GitHub makes of the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_of_the_repository(page):
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        target, _, anchor = link.partition("#")
+        for start in (RAW, f"{REPOSITORY}blob/main/", f"{REPOSITORY}tree/main/"):
+            if target.startswith(start):
+                path = ROOT / target.removeprefix(start)
+                break
+        else:
+            if target.startswith("http"):
+                continue
+            path = page.parent / target if target else page
+            # The package index shows the README alone.
+            assert page.name != "README.md" or path == page, f"{link} is not absolute"
+        assert path.exists(), link
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors(path), link
