@@ -50,7 +50,7 @@ def enable_x64():
     """Within, JAX has float64. The name was an experimental one before JAX 0.8."""
     import jax
 
-    return (getattr(jax, "enable_x64", None) or jax.experimental.enable_x64)(True)
+    return (jax if hasattr(jax, "enable_x64") else jax.experimental).enable_x64(True)
 
 
 # Data
