@@ -24,7 +24,7 @@ BACKENDS = $(foreach b,$(BACKEND),--backend $(b))
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick matrix fuzz lint format bench reproduce constraints dist clean \
+.PHONY: help install demo test quick matrix fuzz lint format docs bench reproduce constraints dist clean \
   distclean
 
 help: ## show this list
@@ -61,7 +61,10 @@ format: $(INSTALLED) ## repair what ruff can repair
 bench: $(INSTALLED) ## measure what a step of each method costs (an hour; ARGS=--quick tries it)
 	$(PY) benchmarks/step_cost.py $(ARGS)
 
-reproduce: $(INSTALLED) ## re-run published figures: NAME=moons, mnist_cnn, sam_vs_sgd or which_rho
+docs: $(INSTALLED) ## build the documentation into build/site (ARGS=serve shows it)
+	KERAS_BACKEND=$(DEMO_BACKEND) NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs $(or $(ARGS),build)
+
+reproduce: $(INSTALLED) ## re-run what a paper says: NAME=moons, say; the names are those of docs/reproductions.md
 	$(PY) examples/reproduce/$(NAME).py $(BACKENDS) $(ARGS)
 
 constraints: ## resolve the newest versions and write them to constraints.txt

@@ -7,8 +7,10 @@ from keras_sharp import (
     methods,
     neighborhoods,
     plots,
+    policies,
     schedules,
     sharpness,
+    vectors,
 )
 from keras_sharp.gradient import sharpness_aware_gradient
 from keras_sharp.model import SharpnessAwareModel
@@ -28,8 +30,10 @@ __all__ = [
     "methods",
     "neighborhoods",
     "plots",
+    "policies",
     "rho_range_test",
     "schedules",
     "sharpness",
     "sharpness_aware_gradient",
+    "vectors",
 ]

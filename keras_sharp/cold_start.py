@@ -31,7 +31,7 @@ def warn_of_logs(history, stacklevel=3):
     if not (second > 0.5 * first > 0 and min(later) > 0.99 * second):
         return
     rho = float(rhos[-1])
-    if rho > rhos[0]:
+    if rho > next(before for before in rhos if before > 0):  # Plain epochs have none.
         advice = f"rho, which has risen to {rho:g}, is too large"
     else:
         advice = ADVICE.format(rho=rho)

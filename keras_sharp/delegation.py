@@ -29,6 +29,7 @@ class Delegation:
     """The members of a wrapper that answer as the wrapped model does."""
 
     model: keras.Model
+    name: str
 
     input = _of_model("input")
     inputs = _of_model("inputs")
@@ -84,6 +85,11 @@ class Delegation:
         self.model.quantize(mode, **kwargs)
         # They were made for other variables.
         self.train_function = self.test_function = self.predict_function = None
+
+
+def unwrapped(model):
+    """The model inside of a wrapper; any other model itself."""
+    return model.model if isinstance(model, Delegation) else model
 
 
 def warn_of_plain_training(model, name):

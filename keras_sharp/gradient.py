@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_sharp import engine, methods, vectors
+from keras_sharp import engine, methods
 from keras_sharp.identifiers import did_you_mean
 from keras_sharp.objective import Objective
 from keras_sharp.schedules import ProportionalToLearningRate, WarmUp, full_precision
@@ -78,7 +78,8 @@ def sharpness_aware_gradient(
             pass `method.initial_state(model.trainable_variables)`.
         step: Integer or scalar integer tensor, the number of steps that the
             optimizer has done so far. Needed if a hyperparameter is a schedule
-            of the step. Defaults to `None`.
+            of the step, or if the method goes by the step, as LookSAM and some
+            policies do. Defaults to `None`.
         learning_rate: Float or scalar tensor, for a hyperparameter that
             follows the learning rate; its `ProportionalToLearningRate` must
             then say `max_learning_rate`, as nothing here remembers the highest
@@ -133,30 +134,37 @@ def sharpness_aware_gradient(
         marks = [isinstance(t, keras.Variable) and is_bias(t) for t in given]
     else:
         marks = _flags("biases", biases, given)
+    if method.draws_random_numbers:
+        raise ValueError(
+            f"The method {type(method).__name__} draws random numbers, and nothing here keeps a "
+            "seed. Train with `SharpnessAwareModel`, or use another method."
+        )
+    if method.by_passes_optimizer:
+        raise ValueError(
+            f"A part of the step of the method {type(method).__name__} by-passes the optimizer, "
+            "and is no part of the direction. Train with `SharpnessAwareModel`, or use the coupled "
+            "form, `decoupled=False`."
+        )
     objective = Objective.with_aux(
         _value_fn(loss_fn, weights, has_aux),
         perturbed=None if perturbed is None else _flags("perturbed", perturbed, given),
         biases=marks,
+        step=None if step is None else _value("step", step),
     )
     values = _hyperparameters(method, step, learning_rate, hyperparameters)
     memory = _memory(method, memory, given)
 
     w = [_value("weights", t) for t in given]
-    loss, g = objective(w)
-    aux = objective.aux  # The perturbed passes will replace it.
-    if all(t is None for t in g):
+    direction, memory = method.step(objective, w, memory, **values)
+    if all(t is None for t in direction):
         raise ValueError(_INDEPENDENT)
-    direction, memory = method.step(objective, w, g, memory, **values)
-
-    finite = objective.finite
-    if not any(direction is e.gradient for e in objective.evaluations):  # Those were checked.
-        finite = ops.logical_and(finite, ops.isfinite(vectors.norm(direction)))
+    report = objective.record.report
     return SharpnessAwareGradient(
-        loss,
+        report.loss,
         keras.tree.pack_sequence_as(weights, list(direction)),
         list(memory),
-        aux,
-        finite,
+        report.aux,
+        objective.is_finite(direction),
     )
 
 
@@ -170,7 +178,8 @@ _INDEPENDENT = (
 def _value_fn(loss_fn, weights, has_aux):
     """`loss_fn` as a function of the flat list of weights that returns `(loss, aux)`."""
 
-    def value_fn(w):
+    def value_fn(w, batch):
+        del batch  # `loss_fn` has it.
         value = loss_fn(keras.tree.pack_sequence_as(weights, w))
         is_pair = isinstance(value, (tuple, list)) and len(value) == 2
         if is_pair != has_aux:
@@ -186,8 +195,6 @@ def _value_fn(loss_fn, weights, has_aux):
                 "The loss that `loss_fn` returns must be a scalar tensor, of shape (). Received: "
                 f"{received}. Take the mean over the batch, by `keras.ops.mean` say."
             )
-        if getattr(loss, "requires_grad", True) is False:  # PyTorch cannot go on from there.
-            raise ValueError(_INDEPENDENT)
         return loss, aux
 
     return value_fn

@@ -1,8 +1,9 @@
-"""Looking things up by name, with a helpful error when there is no such thing."""
+"""Looking things up by name, and checking numbers, with a helpful error where that fails."""
 
 import difflib
 
 import keras
+import numpy as np
 
 
 def look_up(identifier, base, table, kind, hint=""):
@@ -34,6 +35,35 @@ def look_up(identifier, base, table, kind, hint=""):
         f"{base.__module__}.{base.__name__}. Received: {identifier!r} "
         f"(of type {type(identifier).__name__}).{hint}"
     )
+
+
+def check_count(name, value, at_least, meaning=""):
+    """Refuse a number of something that is not an integer of some size."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
+        what = f"`{name}`, {meaning}," if meaning else f"`{name}`"
+        raise ValueError(f"{what} must be an integer >= {at_least}. Received: {name}={value!r}")
+
+
+def check_boolean(name, value):
+    """Refuse what is neither `True` nor `False`."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
+
+
+def check_fraction(name, value):
+    """Refuse what is not a number in [0, 1), and return it as a float."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be a number in [0, 1). Received: {name}={value!r}")
+    return float(value)
+
+
+def check_share(name, value):
+    """Refuse what is not a number in (0, 1], and return it as a float."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= 1:
+        raise ValueError(f"`{name}` must be a number in (0, 1]. Received: {name}={value!r}")
+    return float(value)
 
 
 def did_you_mean(name, names):

@@ -1,4 +1,4 @@
-"""Slices of the loss surface: along a line, in a plane, and between two models.
+"""Slices of the loss surface: along a line, in a plane, between two models, around a path.
 
 The loss is the one that `evaluate` reports, in inference mode: the statistics
 of BatchNormalization stay as they are. `keras_sharp.plots.landscape` draws the
@@ -6,6 +6,7 @@ slices.
 """
 
 import math
+import os
 from typing import NamedTuple
 
 import keras
@@ -13,8 +14,22 @@ import numpy as np
 from keras import layers, ops
 
 from keras_sharp import engine, vectors
+from keras_sharp.docstrings import filled_in
+from keras_sharp.identifiers import check_count
+from keras_sharp.snapshots import Snapshots, principal_directions
 from keras_sharp.surface import as_surface
 from keras_sharp.weights import is_bias, is_norm
+
+__all__ = [
+    "Line",
+    "PathPlane",
+    "Plane",
+    "around_path",
+    "between",
+    "line",
+    "plane",
+    "random_direction",
+]
 
 
 class Line(NamedTuple):
@@ -44,6 +59,28 @@ class Plane(NamedTuple):
     losses: np.ndarray
 
 
+class PathPlane(NamedTuple):
+    """The loss in the plane of the paths of one training, or of several.
+
+    Attributes:
+        first: array of shape `(n,)`, the coordinates in the first direction.
+        second: array of shape `(n,)`, those in the second direction.
+        losses: array of shape `(n, n)`: `losses[i, j]` is the loss at
+            `first[i]` and `second[j]`.
+        paths: a dictionary. By the name of each training, an array of shape
+            `(number of snapshots, 2)`: where the snapshots are in the plane. A
+            single path is named `"path"`.
+        shares: array of shape `(2,)`: of all that the snapshots differ by, the
+            share of the variance that each direction explains.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    losses: np.ndarray
+    paths: dict
+    shares: np.ndarray
+
+
 def line(
     model,
     x=None,
@@ -71,7 +108,7 @@ def line(
             `torch.utils.data.DataLoader`.
         y: the targets, likewise.
         sample_weight: the weights of the examples, likewise.
-        direction: `"random"`, see `random_direction`; a list with one array
+        direction: `"random"`, what `random_direction` returns; a list with one array
             per trainable variable; or one long vector, such as an eigenvector
             from `keras_sharp.curvature.eigenvalues`. Defaults to `"random"`.
         span: pair of floats, the first and the last coordinate. Defaults to
@@ -111,6 +148,7 @@ def line(
     return Line(coordinates, losses)
 
 
+@filled_in(line)
 def plane(
     model,
     x=None,
@@ -131,7 +169,7 @@ def plane(
     ```
 
     Args:
-        model: see `line`, as for all arguments but `directions`.
+        model: see `line`.
         x: see `line`.
         y: see `line`.
         sample_weight: see `line`.
@@ -139,8 +177,8 @@ def plane(
             what `line` takes; or an array of shape `(size, 2)`, such as the
             eigenvectors from `keras_sharp.curvature.eigenvalues`. Defaults to
             `"random"`.
-        span: see `line`; the same for both directions.
-        num_points: see `line`; in each direction, so that the loss is
+        span: see `line`. The same for both directions.
+        num_points: see `line`. In each direction, so that the loss is
             computed `num_points**2` times.
         seed: see `line`.
         batch_size: see `line`.
@@ -173,6 +211,7 @@ def plane(
     return Plane(coordinates, coordinates, losses.reshape(num_points, num_points))
 
 
+@filled_in(line)
 def between(
     model,
     other,
@@ -233,6 +272,136 @@ def between(
     direction = [b - a for a, b in zip(w, end.weights, strict=True)]
     points = [(t,) for t in coordinates]
     return Line(coordinates, _losses(surface, points, [direction], verbose, state_at))
+
+
+@filled_in(line)
+def around_path(
+    model,
+    path,
+    x=None,
+    y=None,
+    sample_weight=None,
+    *,
+    margin=0.25,
+    num_points=21,
+    batch_size=256,
+    verbose=0,
+):
+    """The loss around the way that training took, in the plane in which it went farthest.
+
+    ```
+    d_1, d_2 = the first two principal components of the snapshots
+    losses[i, j] = L(w_end + first[i] * d_1 + second[j] * d_2)
+    ```
+
+    The plane goes through the weights at the end of the path, of the first one
+    of several. The components are those of the snapshots of all paths together,
+    so that the ways of two methods from the same start are seen in one picture.
+    Other snapshots are not in the plane: drawn is the point of it that is
+    nearest to them, whose loss may be another one. `shares` tells how much is
+    seen. Read no purpose into the form of a path: a random walk in many
+    dimensions looks like an arc, too, with shares of 61 % and 15 %.
+
+    Everywhere the loss is that of the state which the model has now, such as
+    the statistics of BatchNormalization. So the loss at the start of a path is
+    not the one that training began with; nor is it at the end of another model.
+
+    Args:
+        model: see `line`. One that was trained, or another of the same
+            architecture: it stands where it is, the plane is that of the path.
+        path: a `keras_sharp.callbacks.WeightPath` after training; its
+            directory, as a string or path; or a list of snapshots of your own,
+            each a list with one array per trainable variable. Or a dictionary
+            of several, by names.
+        x: see `line`.
+        y: see `line`.
+        sample_weight: see `line`.
+        margin: Float >= 0, how much is seen on each side beyond the paths, as
+            a share of their extent. Defaults to `0.25`.
+        num_points: see `line`. In each direction, so that the loss is
+            computed `num_points**2` times.
+        batch_size: see `line`.
+        verbose: see `line`.
+
+    Returns:
+        A `PathPlane`, which `keras_sharp.plots.landscape` draws.
+
+    Raises:
+        ValueError: see `line`; and if the snapshots do not fit the model, are
+            not finite, or do not differ in two directions.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> x, y = np.ones((4, 1)), np.zeros((4, 1))
+    >>> snapshots = [[[[w]], [b]] for w, b in [(3.0, 1.0), (1.0, 1.0), (0.0, 0.0)]]
+    >>> plane = keras_sharp.landscape.around_path(model, snapshots, x, y, num_points=5)
+    >>> plane.paths["path"].round(3)
+    array([[-3.161, -0.088],
+           [-1.247, -0.667],
+           [ 0.   ,  0.   ]])
+
+    References:
+        - [Li et al., 2018](https://arxiv.org/abs/1712.09913), section 7.
+        - [Antognini and Sohl-Dickstein, 2018](https://arxiv.org/abs/1806.08805),
+          on random walks.
+    """
+    check_count("num_points", num_points, at_least=2)
+    if not (isinstance(margin, (int, float)) and 0 <= margin < math.inf):
+        raise ValueError(f"`margin` must be a finite number >= 0. Received: margin={margin!r}")
+    surface = as_surface(model, x, y, sample_weight, batch_size)
+    paths = {name: _snapshots(one, surface) for name, one in _named_paths(path).items()}
+    ends = np.cumsum([len(snapshots) for snapshots in paths.values()])
+    together = [snapshot for snapshots in paths.values() for snapshot in snapshots]
+    found = principal_directions(together, origin=ends[0] - 1)
+    low, high = found.coordinates.min(axis=0), found.coordinates.max(axis=0)
+    beyond = margin * (high - low)
+    first, second = np.linspace(low - beyond, high + beyond, num_points).T
+    losses = _losses(
+        surface,
+        [(s, t) for s in first for t in second],
+        [_as_weights(direction, surface) for direction in found.directions],
+        verbose,
+        origin=_as_weights(next(iter(paths.values()))[-1], surface),
+    )
+    drawn = np.split(found.coordinates, ends[:-1])
+    return PathPlane(
+        first,
+        second,
+        losses.reshape(num_points, num_points),
+        dict(zip(paths, drawn, strict=True)),
+        found.shares,
+    )
+
+
+def _named_paths(given):
+    if isinstance(given, dict) and not given:
+        raise ValueError("There is no path. Received: an empty dictionary.")
+    return given if isinstance(given, dict) else {"path": given}
+
+
+def _snapshots(path, surface):
+    """The snapshots of a path, however it is given."""
+    if isinstance(path, (str, os.PathLike)):
+        path = Snapshots(path)
+    path = getattr(path, "snapshots", path)
+    if not len(path):
+        raise ValueError(
+            "A path has no snapshots. Pass a keras_sharp.callbacks.WeightPath after training, or "
+            "the directory that it has written to. Received: an empty one, or a folder without "
+            "files `snapshot-*.npz`."
+        )
+    expected = _shapes(surface.weights)
+    for snapshot in path:
+        shapes = [np.shape(array) for array in snapshot]
+        if shapes != expected:
+            raise ValueError(
+                "A path must be one of the weights of the model. Received: a snapshot of arrays of "
+                f"the shapes {shapes}. Expected one array per trainable variable, of the shapes "
+                f"{expected}."
+            )
+    return path
 
 
 def random_direction(model, seed=0):
@@ -377,10 +546,7 @@ def _is_float(tensor):
 
 
 def _coordinates(span, num_points):
-    if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points < 2:
-        raise ValueError(
-            f"`num_points` must be an integer >= 2. Received: num_points={num_points!r}"
-        )
+    check_count("num_points", num_points, at_least=2)
     try:
         first, last = map(float, span)
     except (TypeError, ValueError):
@@ -393,10 +559,13 @@ def _coordinates(span, num_points):
     return np.linspace(first, last, num_points)
 
 
-def _losses(surface, points, directions, verbose, state_at=None):
-    """The loss at each point, given by its coordinates in the directions."""
+def _losses(surface, points, directions, verbose, state_at=None, origin=None):
+    """The loss at each point, given by its coordinates in the directions.
+
+    They are counted from the weights that the model has, or from `origin`.
+    """
     surface.check()
-    w = surface.weights
+    w = surface.weights if origin is None else origin
     progress = keras.utils.Progbar(len(points), verbose=verbose, unit_name="point")
     losses = []
     for point in points:

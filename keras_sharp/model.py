@@ -1,30 +1,27 @@
 """`SharpnessAwareModel`: the wrapper that trains a Keras model with a method."""
 
 import inspect
+import random
 import warnings
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_sharp import cold_start, engine, methods, rounding, saving, vectors
+from keras_sharp import cold_start, engine, methods, policies, rounding, saving
+from keras_sharp.batches import size_of_first
 from keras_sharp.delegation import Delegation, warn_of_plain_training
-from keras_sharp.identifiers import did_you_mean, meant
-from keras_sharp.objective import Objective, State, TrainingLoss, compute_loss
-from keras_sharp.preprocessing import (
-    only_preprocesses,
-    preprocess_batch,
-    preprocess_data,
-    preprocess_fit,
-)
+from keras_sharp.identifiers import check_boolean, check_count, did_you_mean, meant
+from keras_sharp.preprocessing import preprocess_batch, preprocess_data, preprocess_fit
 from keras_sharp.schedules import full_precision
-from keras_sharp.weights import get_choice, is_bias, is_overwritten
+from keras_sharp.training import checks
+from keras_sharp.training.logs import ExtraLogs
+from keras_sharp.training.loss import compute_loss
+from keras_sharp.training.step import Step, scales_loss_dynamically
+from keras_sharp.weights import get_choice
 
 #: The choices of `perturbation_scope`.
 SCOPES = ("global", "replica")
-
-#: Logs that are computed only if asked for, by `extra_logs`.
-EXTRA_LOGS = ("perturbed_loss", "sharpness", "grad_norm", "grad_cosine", "skipped_steps")
 
 #: The arguments of the constructor that make the training step what it is.
 _FIXED = (
@@ -38,23 +35,6 @@ _FIXED = (
 
 #: Those arguments of `compile` that are not about optimizer, loss and metrics.
 _HOW_TO_RUN = ("run_eagerly", "steps_per_execution", "jit_compile", "auto_scale_loss")
-
-_OVERRIDDEN = (
-    "The wrapped model has a `{name}` of its own, which SharpnessAwareModel would bypass. "
-    "Received: a model of the class {cls}. Expected a model that leaves `{name}` to keras.Model. "
-    "{advice}"
-)
-_ADVICE = {
-    "train_step": (
-        "A custom loss belongs in `compute_loss` and custom metrics in `compute_metrics`: both are "
-        "kept. A model whose step is more than loss and gradient (a GAN, say) cannot be wrapped."
-    ),
-    "test_step": "Custom evaluation belongs in `compute_loss` and `compute_metrics`, both kept.",
-    "predict_step": "Let `call` return what `predict` is to return.",
-    "fit": "Do what it adds, such as preprocessing, to the data before `fit`.",
-    "evaluate": "Do what it adds, such as preprocessing, to the data before `evaluate`.",
-    "predict": "Do what it adds, such as preprocessing, to the data before `predict`.",
-}
 
 
 @keras.saving.register_keras_serializable(package="keras_sharp")
@@ -89,7 +69,8 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
             `"adaptive_gsam"`, `"bsam"`) or a `keras_sharp.methods.Method`;
             `None` is plain training. Defaults to `"sam"`. The attribute
             `method` may be set later: see
-            `keras_sharp.callbacks.SwitchMethod`.
+            `keras_sharp.callbacks.SwitchMethod`. Models that share one
+            instance share its numbers, and where a schedule has left them.
         num_micro_batches: Integer >= 1. Into how many parts a batch is split,
             each of which gets a perturbation of its own; the directions are
             averaged (m-sharpness). Defaults to `1`. In BatchNormalization
@@ -107,15 +88,22 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
             biases nor the weights of normalization layers), `"norm_only"`
             (only those, as SAM-ON: [Mueller et al., 2023](
             https://arxiv.org/abs/2306.04226)), or a function that receives a
-            variable and returns a Boolean. Defaults to `"all"`.
+            variable and returns a Boolean. Defaults to `"all"`. A method that
+            needs the gradient at the weights for its adversary alone, as SAM,
+            ASAM and ESAM do, then takes that of the perturbed weights only.
         fresh_noise: Boolean. If `True`, the perturbed passes draw dropout
             masks of their own. Defaults to `False`: the same masks in all
             passes, so that the passes differ by the perturbation alone.
         extra_logs: which of `"perturbed_loss"`, `"sharpness"` (perturbed minus
             clean loss; `fit` warns where float32 cannot tell them apart),
             `"grad_norm"`, `"grad_cosine"` (of the gradients at the weights
-            and at the adversary) and `"skipped_steps"` to add to the logs of
-            training. Defaults to `()`: only `"rho"`.
+            and at the adversary), `"num_gradients"` (how many a step takes,
+            in gradients of the whole batch; one of the perturbed weights alone
+            counts as one) and `"skipped_steps"` to add to the logs of training.
+            For `"grad_norm"` and `"grad_cosine"` the gradient of all weights is
+            taken, whatever `perturb` is. Those that tell of the adversary are means
+            over the steps that look for it, and NaN where none did. Defaults
+            to `()`: only `"rho"`.
 
     Raises:
         ValueError: if an argument is not one of these, if the model is
@@ -135,7 +123,7 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
     """
 
     def __new__(cls, *args, **kwargs):
-        _check_arguments(kwargs, inspect.signature(cls.__init__).parameters)
+        checks.check_arguments(kwargs, inspect.signature(cls.__init__).parameters)
         return super().__new__(cls, *args, **kwargs)
 
     def __init__(
@@ -150,26 +138,16 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
         fresh_noise=False,
         extra_logs=(),
     ):
-        _check_model(model)
-        if (
-            isinstance(num_micro_batches, bool)
-            or not isinstance(num_micro_batches, int)
-            or num_micro_batches < 1
-        ):
-            raise ValueError(
-                "`num_micro_batches`, the number of parts into which a batch is split, must be an "
-                f"integer >= 1. Received: num_micro_batches={num_micro_batches!r}"
-            )
+        checks.check_model(model)
+        parts = "the number of parts into which a batch is split"
+        check_count("num_micro_batches", num_micro_batches, at_least=1, meaning=parts)
         if perturbation_scope not in SCOPES:
             raise ValueError(
                 f"`perturbation_scope` must be one of {list(SCOPES)}. Received: "
                 f"perturbation_scope={perturbation_scope!r}."
                 f"{did_you_mean(str(perturbation_scope), SCOPES)}"
             )
-        if not isinstance(fresh_noise, bool):
-            raise ValueError(
-                f"`fresh_noise` must be True or False. Received: fresh_noise={fresh_noise!r}"
-            )
+        check_boolean("fresh_noise", fresh_noise)
         # The wrapped model converts its inputs by itself.
         super().__init__(name=name, dtype=model.dtype_policy, autocast=False)
         self.model = model
@@ -177,7 +155,9 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
         self.perturbation_scope = perturbation_scope
         self.perturb = perturb
         self.fresh_noise = fresh_noise
-        self.extra_logs = _check_extra_logs(extra_logs)
+        self.extra_logs = (extra_logs,) if isinstance(extra_logs, str) else tuple(extra_logs)
+        self._means = ExtraLogs(self.extra_logs)
+        self._extra_metrics = self._means.metrics  # Keras looks for them in attributes.
         self._takes_part = get_choice(perturb)
         self._checked = self._told_of_freezing = False
         self._frozen = {}
@@ -192,9 +172,6 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
         )
         self.hyperparameter_variables, self.method_state = [], None
         self.method = method
-        self._extra_metrics = [
-            keras.metrics.Mean(name=key) for key in self.extra_logs if key != "skipped_steps"
-        ]
         self._follow_freezing()
 
     def __setattr__(self, name, value):
@@ -264,7 +241,10 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
         """The variables for the memory of a method; `None` while there are no weights."""
         if not self._has_weights():
             return None
-        arrays = method.initial_state(self.model.trainable_variables)
+        arrays, seed = method.initial_state(self.model.trainable_variables), []
+        if method.draws_random_numbers:
+            # From Python's generator, which `keras.utils.set_random_seed` sets.
+            seed.append(np.array(random.randrange(2**30), "int32"))
         return [
             keras.Variable(
                 # A function, so that variables can be made in a pass as well.
@@ -274,7 +254,7 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
                 trainable=False,
                 name=f"method_state_{i}",
             )
-            for i, a in enumerate(_check_state(method, arrays))
+            for i, a in enumerate([*checks.check_state(method, arrays), *seed])
         ]
 
     def _remember(self):
@@ -364,7 +344,7 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
         warn_of_plain_training(self.model, self.name)
         self._checked = self._told_of_freezing = False
         self._follow_freezing()
-        self._check_reduction()
+        checks.check_reduction(self, self._averages_parts())
 
     def get_compile_config(self):
         """The arguments of `compile`: those that the wrapped model was compiled with."""
@@ -405,12 +385,13 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
     def make_train_function(self, force=False):
         """Check what can be checked before the first step, then do as Keras does."""
         engine.global_seeds()  # Made here, not while a function is traced.
-        self._check_reduction()
+        checks.check_reduction(self, self._averages_parts())
+        checks.check_by_pass(self.method, self.optimizer)
         if force or self.train_function is None:
             self._check_hyperparameters()
         self._check_frozen()
         if self._has_weights():
-            self._check_trainable()
+            self._check_weights()
             self._remember()
             engine.broadcast([*self.variables, *self.optimizer.variables])
         return super().make_train_function(force)
@@ -432,18 +413,19 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
             ValueError: if the model was not compiled, has no trainable
                 weights, or if a batch is too small for `num_micro_batches`.
         """
-        self._check_compiled("fit")
+        checks.check_compiled(self, "fit")
         bound = inspect.signature(super().fit).bind(x, y, batch_size, *args, **kwargs)
         bound.apply_defaults()
         saving.check_callbacks(bound.arguments["callbacks"])
         arguments = preprocess_fit(self.model, bound.arguments)
         if self.num_micro_batches > 1:
-            self._check_batch_size(_first_batch_size(arguments["x"], batch_size))
+            self._check_batch_size(size_of_first(arguments["x"], batch_size))
         skipped_before = int(ops.convert_to_numpy(self.skipped_steps))
         is_first = int(ops.convert_to_numpy(self.optimizer.iterations)) == 0
+        arguments["callbacks"] = _with(_TellsLength(), arguments["callbacks"])
         history = super().fit(**arguments)
         skipped = int(ops.convert_to_numpy(self.skipped_steps)) - skipped_before
-        if skipped and not self._scales_loss_dynamically():
+        if skipped and not scales_loss_dynamically(self.optimizer):
             warnings.warn(
                 f"{skipped} training steps were skipped, because a loss or a gradient was not "
                 "finite. The weights were left as they were. Look for NaN or inf in the data, "
@@ -460,7 +442,7 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
         self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, *args, **kwargs
     ):
         """The loss and the metrics of the wrapped model, as `keras.Model.evaluate` does."""
-        self._check_compiled("evaluate")
+        checks.check_compiled(self, "evaluate")
         if not engine.is_validation_of_fit(kwargs):  # `fit` has preprocessed it already.
             x, y, sample_weight = preprocess_data(self.model, (x, y, sample_weight), batch_size)
         return super().evaluate(x, y, batch_size, verbose, sample_weight, *args, **kwargs)
@@ -485,7 +467,9 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
         Returns:
             The loss; or a list with the loss and the metrics; or a dictionary.
         """
-        self._check_compiled("train_on_batch")
+        checks.check_compiled(self, "train_on_batch")
+        if isinstance(self.method, policies.Policy) and not self.method.knows_length:
+            self.method.set_length(None)  # Raises: nobody will tell.
         x, y, sample_weight = preprocess_batch(self.model, x, y, sample_weight)
         logs = super().train_on_batch(x, y, sample_weight, class_weight, return_dict=True)
         if return_dict:
@@ -499,7 +483,7 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
 
     def test_on_batch(self, x, y=None, sample_weight=None, *args, **kwargs):
         """The loss and the metrics of a batch, as `keras.Model.test_on_batch` does."""
-        self._check_compiled("test_on_batch")
+        checks.check_compiled(self, "test_on_batch")
         batch = preprocess_batch(self.model, x, y, sample_weight)
         return super().test_on_batch(*batch, *args, **kwargs)
 
@@ -509,7 +493,7 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
         return super().predict_on_batch(x)
 
     def sharpness_aware_step(self, data):
-        """One step of training, on any backend: the engines run it as `train_step`.
+        """One step of training, on any backend: what Keras takes for `train_step`.
 
         Args:
             data: a batch, as Keras hands it to `train_step`.
@@ -517,225 +501,17 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
         Returns:
             The logs, a dictionary.
         """
-        self._check_trainable()
-        x, y, sample_weight = batch = keras.utils.unpack_x_y_sample_weight(data)
-        size = _batch_size(x)
-        hyperparameters, moved = self._hyperparameters_of_step()
-        loss = TrainingLoss(self)
-        state = loss.current_state()
-
-        def run(carried, batch):
-            noise, trackers = carried
-            before = state._replace(noise=noise, trackers=trackers)
-            result, after = self._run_method(loss, before, batch, hyperparameters)
-            noise, statistics, trackers = after.state
-            left = statistics, after.written
-            return (noise, trackers), (result, left), (after.y_pred, after.masks)
-
-        def run_parts(carried, batch):
-            if self.num_micro_batches == 1:
-                return run(carried, batch)
-            self._check_batch_size(_batch_size(batch))
-            # Each part hands seeds and metrics to the next; all else is averaged.
-            return engine.average_micro_batches(run, carried, batch, self.num_micro_batches)
-
-        carried = state.noise, state.trackers
-        if self.perturbation_scope == "replica":
-            outcome = engine.average_replicas(run_parts, carried, batch)
-        else:
-            # The result is that of all replicas already, and the same on each.
-            carried, (result, left), outputs = run_parts(carried, batch)
-            outcome = carried, (result, engine.mean_over_replicas(left, size)), outputs
-        (noise, trackers), (result, (statistics, written)), (y_pred, masks) = outcome
-        engine.set_masks(y_pred, masks)  # Gradients, and parts put together, have lost them.
-        of_outputs = engine.losses_of_outputs(self.model) if self.num_micro_batches > 1 else []
-        if of_outputs:
-            # Compiled, Keras weighs them by batches: a part would count as much as a larger one.
-            engine.update_losses_of_outputs(self.model, y, y_pred, sample_weight)
-            done = {id(v) for metric in of_outputs for v in metric.variables}
-            trackers = [
-                None if id(v) in done else value
-                for v, value in zip(loss.variables.trackers, trackers, strict=True)
-            ]
-        self._commit(loss, State(noise, statistics, trackers), written, moved, result)
-        return self._update_logs(x, y, y_pred, sample_weight, size, result, hyperparameters)
-
-    def _run_method(self, loss, before, batch, hyperparameters):
-        """Ask the method for the direction on one (micro-)batch. Writes to no variable.
-
-        Returns:
-            A pair: a dictionary with the direction and what else the step
-            needs; and the `Pass` at the weights of the model.
-        """
-        scale = self._loss_scale()
-        size = _batch_size(batch)
-        is_global = self.perturbation_scope == "global"
-
-        def same_noise():
-            return before.noise
-
-        def next_noise():
-            return (perturbed if perturbed.evaluations else clean).aux.state.noise
-
-        def objective(noise):
-            return Objective.with_aux(
-                lambda w: loss(
-                    w, before._replace(noise=noise()), batch, perturbed=bool(clean.evaluations)
-                ),
-                perturbed=[self._takes_part(v) and not is_overwritten(v) for v in loss.weights],
-                biases=[is_bias(v) for v in loss.weights],
-                frozen=[is_overwritten(v) for v in loss.weights],
-                loss_scale=scale,
-                average=(lambda t: engine.mean_over_replicas(t, size)) if is_global else None,
-            )
-
-        w = [engine.read(v) for v in loss.weights]
-        clean = objective(same_noise)
-        clean_loss, g = clean(w)
-        # The perturbed passes will replace these.
-        after, overwritten = clean.aux, clean.frozen_gradient
-        # A layer may have put other weights in place of these: the gradient is that at those,
-        # and around them the adversary looks.
-        w = [old if new is None else new for old, new in zip(w, after.written, strict=True)]
-
-        perturbed = objective(next_noise) if self.fresh_noise else clean
-        memory = [engine.read(v) for v in self.method_state]
-        direction, memory = self.method.step(perturbed, w, g, memory, **hyperparameters)
-        if self.fresh_noise:  # The next step must not see the masks of the last pass again.
-            after = after._replace(state=after.state._replace(noise=next_noise()))
-
-        evaluations = clean.evaluations + (perturbed.evaluations if self.fresh_noise else [])
-        finite = (
-            ops.logical_and(clean.finite, perturbed.finite) if self.fresh_noise else clean.finite
-        )
-        if scale is not None:
-            direction = vectors.scale(scale, direction)
-        if not any(direction is e.gradient for e in evaluations):  # Those were checked.
-            finite = ops.logical_and(finite, ops.isfinite(vectors.norm(direction)))
-        if overwritten:
-            direction = vectors.add(direction, overwritten)
-        result = {
-            "loss": clean_loss,
-            "direction": list(direction),
-            "method_state": list(memory),
-            "finite": ops.cast(finite, "float32"),
-            "extra_logs": self._extra_values(clean_loss, g, evaluations[-1]),
-        }
-        return result, after
-
-    def _commit(self, loss, after, written, moved, result):
-        """Write the outcome of a step into the variables, all of it or nothing."""
-        # The mean over micro-batches of 1 for finite and 0 for not.
-        finite = ops.logical_and(
-            result["finite"] > 1 - 1e-6, ops.isfinite(self.optimizer.learning_rate)
-        )
-        weights, optimizer, direction = loss.weights, self.optimizer, result["direction"]
-        _assign(loss.variables.trackers, after.trackers)  # They tell of skipped steps, too.
-        state = [*loss.variables.noise, *loss.variables.statistics, *self.method_state]
-        values = [*after.noise, *after.statistics, *result["method_state"]]
-        own_skip = self._scales_loss_dynamically()
-
-        def write():
-            _assign(state, values)
-            _assign(weights, written)
-            for variable, value in moved:
-                variable.assign(value)
-            if not own_skip:
-                engine.apply(optimizer, direction, weights)
-
-        def skip():
-            self.skipped_steps.assign_add(1)
-
-        assigned = [self.skipped_steps, *state, *(variable for variable, _ in moved)]
-        if own_skip:
-            assigned += [v for v, value in zip(weights, written, strict=True) if value is not None]
-        else:
-            assigned += [*weights, *optimizer.variables]
-        engine.run_either(finite, write, skip, assigned)
-        if own_skip:
-            # It skips the step, and lowers its scale, by itself when it sees a NaN.
-            poison = ops.where(finite, 0.0, float("nan"))
-            direction = vectors.map_present(lambda d: d + ops.cast(poison, d.dtype), direction)
-            engine.apply(optimizer, direction, weights)
-
-    def _update_logs(self, x, y, y_pred, sample_weight, size, result, hyperparameters):
-        engine.loss_tracker(self).update_state(result["loss"], sample_weight=size)
-        logs = dict(self.compute_metrics(x, y, y_pred, sample_weight))
-        for metric in self._extra_metrics:
-            metric.update_state(result["extra_logs"][metric.name], sample_weight=size)
-            logs[metric.name] = metric.result()
-        if "skipped_steps" in self.extra_logs:
-            logs["skipped_steps"] = engine.read(self.skipped_steps)
-        if "rho" in hyperparameters:
-            logs["rho"] = hyperparameters["rho"]
-        return logs
-
-    def _extra_values(self, loss, g, adversary):
-        values = {
-            "perturbed_loss": lambda: adversary.loss,
-            "sharpness": lambda: adversary.loss - loss,
-            "grad_norm": lambda: vectors.norm(g),
-            "grad_cosine": lambda: vectors.cosine(g, adversary.gradient),
-        }
-        return {metric.name: values[metric.name]() for metric in self._extra_metrics}
-
-    def _hyperparameters_of_step(self):
-        """The hyperparameters of this step.
-
-        Returns:
-            The values by name, a dictionary; and a list of variables that the
-            step moves, each in a pair with its new value.
-        """
-        moved = []
-
-        def learning_rate():
-            now = ops.cast(self.optimizer.learning_rate, self.highest_learning_rate.dtype)
-            highest = ops.maximum(now, engine.read(self.highest_learning_rate))
-            moved.append((self.highest_learning_rate, highest))
-            return now, highest
-
-        def read(variable):  # One may follow another, which comes first.
-            return next((value for v, value in moved if v is variable), engine.read(variable))
-
-        step = ops.convert_to_tensor(self.optimizer.iterations)
-        values = {}
-        for name, setting in self.method.settings.items():
-            values[name] = setting.value_at(step, learning_rate, read)
-            if setting.schedule is not None:
-                moved.append((setting.variable, values[name]))
-        return values, moved
-
-    def _loss_scale(self):
-        """The factor that keeps float16 gradients from underflow, or `None`."""
-        if self._scales_loss_dynamically() or self.optimizer.loss_scale_factor is not None:
-            return self.optimizer.scale_loss(ops.ones((), "float32"))
-        return None
-
-    def _scales_loss_dynamically(self):
-        return isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
+        self._check_weights()
+        return Step(self, self._takes_part, self._means, self._check_batch_size)(data)
 
     # Checks
 
-    def _check_compiled(self, name):
-        """Refuse to train or evaluate unless this wrapper was compiled, and last."""
-        if not self.compiled:
-            before = (
-                "The model inside was compiled by itself, which the wrapper does not take over. "
-                if self.model.compiled
-                else ""
-            )
-            raise ValueError(
-                f"A SharpnessAwareModel must be compiled before `{name}`, and this one, "
-                f"{self.name!r}, is not. {before}Call `compile` of the wrapper, with optimizer, "
-                "loss and metrics: the model inside is compiled along."
-            )
-        if engine.loss_tracker(self.model) is not engine.loss_tracker(self):
-            raise ValueError(
-                f"The model inside the SharpnessAwareModel {self.name!r} was compiled by itself, "
-                "or by another wrapper, after the wrapper: losses and metrics are no longer those "
-                f"that the wrapper was compiled with. Call `compile` of the wrapper before "
-                f"`{name}`."
-            )
+    def _check_weights(self):
+        """Check, once, what can be checked when the weights are there."""
+        if not self._checked:
+            checks.check_trainable(self, self._takes_part, self._averages_parts())
+            engine.own_random_numbers(self.model)
+            self._checked = True
 
     def _frozen_layers(self):
         """Whether each layer is frozen, by its `id`."""
@@ -774,59 +550,9 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
             setting.check_at(ops.convert_to_tensor(self.optimizer.iterations), self._as_in_step)
         self.method.in_training = True
 
-    def _check_trainable(self):
-        if self._checked:
-            return
-        variables = self.model.trainable_variables
-        if not variables:
-            raise ValueError(
-                f"The model {self.model.name!r} has no trainable weights: there is nothing to "
-                "train or to perturb. Set `trainable = True` on some layer, and compile again."
-            )
-        if not any(self._takes_part(v) for v in variables):
-            raise ValueError(
-                f"`perturb` selects none of the {len(variables)} trainable weights of the model "
-                f"{self.model.name!r}. Received: perturb={self.perturb!r}. Expected at least one "
-                f"weight; the model has {[v.path for v in variables[:5]]} ..."
-            )
-        others = {id(v) for v in self.trainable_variables} - {id(v) for v in variables}
-        if others:
-            names = [v.path for v in self.trainable_variables if id(v) in others]
-            raise ValueError(
-                "The SharpnessAwareModel has trainable weights beside those of the model inside, "
-                f"which it does not train: {names}. Make them part of the model that is wrapped."
-            )
-        if self._averages_parts() and any(is_overwritten(v) for v in variables):
-            raise ValueError(
-                "Weights of a float8 layer that are overwritten with their gradient cannot be "
-                "averaged over micro-batches or replicas. Received: num_micro_batches="
-                f"{self.num_micro_batches}. Set num_micro_batches=1, and train on one device."
-            )
-        if any(keras.backend.standardize_dtype(v.dtype) == "bfloat16" for v in variables):
-            warnings.warn(
-                "The model has bfloat16 weights, in whose rounding a perturbation of usual size "
-                "drowns: a change of 5e-4 survives in about one weight of eight. Use the dtype "
-                "policy 'mixed_bfloat16', which keeps float32 weights.",
-                stacklevel=2,
-            )
-        engine.check_layers(self.model)
-        engine.own_random_numbers(self.model)
-        self._checked = True
-
     def _averages_parts(self):
         """Whether directions of parts of a batch are averaged."""
         return self.num_micro_batches > 1 or self._divides_batches()
-
-    def _check_reduction(self):
-        reductions = [getattr(part, "reduction", None) for part in keras.tree.flatten(self.loss)]
-        if "sum" in reductions and self._averages_parts():
-            raise ValueError(
-                "A loss that is summed over the batch cannot be averaged over micro-batches or "
-                "replicas: the step would shrink with their number. Received: a loss with "
-                f"reduction='sum', num_micro_batches={self.num_micro_batches} and "
-                f"perturbation_scope={self.perturbation_scope!r}. Use "
-                "reduction='sum_over_batch_size'."
-            )
 
     def _check_batch_size(self, size):
         """Refuse batches with fewer examples than parts, but for a last, partial one."""
@@ -955,98 +681,20 @@ class SharpnessAwareModel(engine.Trainer, Delegation, keras.Model):
         return cls(**config)
 
 
-def _assign(variables, values):
-    for variable, value in zip(variables, values, strict=True):
-        if value is not None:
-            variable.assign(value)
+class _TellsLength(keras.callbacks.Callback):
+    """Tells a policy how many steps the training has."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        method, steps = self.model.method, self.params["steps"]
+        if isinstance(method, policies.Policy):
+            done = int(ops.convert_to_numpy(self.model.optimizer.iterations))
+            to_come = None if steps is None else (self.params["epochs"] - epoch) * steps
+            method.set_length(None if to_come is None else done + to_come)
 
 
-def _check_state(method, arrays):
-    """The memory that a method starts with, as arrays."""
-    if not isinstance(arrays, (list, tuple)) or not all(hasattr(a, "dtype") for a in arrays):
-        raise ValueError(
-            f"`initial_state` of the method {type(method).__name__} must return a list of NumPy "
-            f"arrays, what the method remembers before the first step. Received: {arrays!r}"
-        )
-    arrays = [np.asarray(a) for a in arrays]
-    if any(a.dtype.kind in "OSUM" for a in arrays):
-        raise ValueError(
-            f"`initial_state` of the method {type(method).__name__} must return arrays of "
-            f"numbers. Received arrays of the dtypes {[str(a.dtype) for a in arrays]}."
-        )
-    return arrays
-
-
-def _batch_size(batch):
-    return ops.shape(next(t for t in keras.tree.flatten(batch) if t is not None))[0]
-
-
-def _check_arguments(given, parameters):
-    """Say what to write in place of an argument that does not exist."""
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return  # A subclass that passes on what it does not know.
-    for name, value in given.items():
-        if name in parameters:
-            continue
-        if name in methods.hyperparameters():
-            advice = (
-                f" `{name}` is an argument of the method. Write SharpnessAwareModel(model, "
-                f"keras_sharp.methods.SAM({name}={value!r})), say."
-            )
-        else:
-            known = [p for p in parameters if p != "self"]
-            advice = f"{did_you_mean(name, known)} Expected arguments from {known}."
-        raise TypeError(
-            f"SharpnessAwareModel has no argument `{name}`.{advice} Received: {name}={value!r}"
-        )
-
-
-def _check_model(model):
-    if isinstance(model, SharpnessAwareModel):
-        raise ValueError(
-            f"The model {model.name!r} is a SharpnessAwareModel already: a wrapper cannot be "
-            "wrapped. Wrap `model.model`, the plain Keras model inside, instead."
-        )
-    if not isinstance(model, keras.Model):
-        hint = ""
-        if isinstance(model, (str, methods.Method)):
-            hint = " The model comes first: SharpnessAwareModel(model, method)."
-        elif isinstance(model, type):
-            hint = " Pass an instance of the class."
-        raise ValueError(
-            "SharpnessAwareModel wraps a keras.Model (Sequential, Functional or subclassed). "
-            f"Received: {model!r} (of type {type(model).__name__}).{hint}"
-        )
-    for name, advice in _ADVICE.items():
-        if not (_is_from_keras(getattr(type(model), name)) or only_preprocesses(type(model), name)):
-            raise ValueError(_OVERRIDDEN.format(name=name, cls=type(model).__name__, advice=advice))
-
-
-def _is_from_keras(function):
-    """Whether a method is the one that keras.Model has."""
-    return getattr(function, "__module__", "").split(".")[0] == "keras"
-
-
-def _check_extra_logs(extra_logs):
-    if isinstance(extra_logs, str):
-        extra_logs = (extra_logs,)
-    for name in extra_logs:
-        if name not in EXTRA_LOGS:
-            raise ValueError(
-                f"There is no log named {name!r}.{did_you_mean(str(name), EXTRA_LOGS)} "
-                f"Expected names from {list(EXTRA_LOGS)}. Received: extra_logs={extra_logs!r}"
-            )
-    return tuple(extra_logs)
-
-
-def _first_batch_size(x, batch_size):
-    """The number of examples in the first batch of `fit`, or `None` if it can't be known."""
-    if hasattr(x, "element_spec"):  # tf.data, where the static shape is often unknown
-        x = next(iter(x))
-    elif isinstance(x, keras.utils.PyDataset):
-        x = x[0]
-    else:
-        first = keras.tree.flatten(x)[0]
-        shape = getattr(first, "shape", None)
-        return min(int(shape[0]), batch_size or 32) if shape else None
-    return int(keras.tree.flatten(x)[0].shape[0])
+def _with(callback, callbacks):
+    """The callbacks of `fit`, and one more that comes last."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks.append(callback)
+        return callbacks
+    return [*keras.tree.flatten([] if callbacks is None else callbacks), callback]

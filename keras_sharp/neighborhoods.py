@@ -22,7 +22,16 @@ import keras
 from keras import ops
 
 from keras_sharp import vectors
-from keras_sharp.identifiers import look_up
+from keras_sharp.identifiers import check_boolean, look_up
+
+__all__ = [
+    "AdaptiveBall",
+    "Ball",
+    "Neighborhood",
+    "Unnormalized",
+    "WeightScaledBall",
+    "get",
+]
 
 
 class Neighborhood:
@@ -73,6 +82,22 @@ class Neighborhood:
         # Dividing by at least rho leaves points inside the region where they are.
         rho = _like(rho, size := self.norm(e, w, biases))
         return vectors.scale(vectors.quotient(rho, vectors.maximum(size, rho)), e)
+
+    def ascend(self, e, g, w, rho, biases=None):
+        """The perturbation after one more step of an ascent, projected back to the region.
+
+        Args:
+            e: the perturbation so far, a list like `g`; `None` at the start.
+            g: the gradient at `w + e`, a list of tensors, or `None`.
+            w: see `climb`.
+            rho: the radius, a scalar. With a negative one the steps descend.
+            biases: see `climb`.
+
+        Returns:
+            A list like `g`.
+        """
+        step = self.perturbation(g, w, rho, biases)
+        return step if e is None else self.project(vectors.add(e, step), w, abs(rho), biases)
 
     def get_config(self):
         """The arguments of the constructor, as plain values."""
@@ -186,10 +211,7 @@ class AdaptiveBall(Neighborhood):
     """
 
     def __init__(self, eta=0.01, p=2.0, scale_biases=False):
-        if not isinstance(scale_biases, bool):
-            raise ValueError(
-                f"`scale_biases` must be True or False. Received: scale_biases={scale_biases!r}"
-            )
+        check_boolean("scale_biases", scale_biases)
         self.eta = _non_negative("eta", eta)
         self.ball = Ball(p)
         self.p = self.ball.p

@@ -8,7 +8,16 @@ side by side.
 
 import numpy as np
 
-from keras_sharp.landscape import Plane
+from keras_sharp.landscape import PathPlane, Plane
+
+__all__ = [
+    "eigenvalue_history",
+    "landscape",
+    "per_layer",
+    "rho_range",
+    "spectral_density",
+    "training_curves",
+]
 
 
 def training_curves(histories, keys=None):
@@ -155,6 +164,46 @@ def spectral_density(densities, sigma=None):
     return figure
 
 
+def per_layer(found):
+    """Largest eigenvalue and trace of each layer's block of the Hessian, as bars.
+
+    Args:
+        found: a `keras_sharp.curvature.PerLayer`. Or a dictionary of several,
+            whose bars lie side by side.
+
+    Returns:
+        A `matplotlib.figure.Figure` with two panels; the lines at the ends of
+        the bars are the residuals, and the standard errors.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if there is nothing to draw.
+
+    Example:
+
+    >>> numbers = np.ones((4, 2))
+    >>> sgd = keras_sharp.curvature.PerLayer(("first", "last"), [6, 3], *numbers, products=130)
+    >>> figure = keras_sharp.plots.per_layer({"sgd": sgd})
+    """
+    named = _by_name(lambda one: one, found)
+    layers = list(dict.fromkeys(name for one in named.values() for name in one.names))
+    height, width = 0.8 / len(named), 4.2
+    figure, panels = _panels(2, width, height=max(2.4, 0.8 + 0.3 * len(layers)))
+    for i, (name, one) in enumerate(named.items()):
+        rows = [layers.index(layer) + (i + 0.5) * height - 0.4 for layer in one.names]
+        values = ((one.lambda_max, one.residuals), (one.traces, one.standard_errors))
+        for panel, (lengths, errors) in zip(panels, values, strict=True):
+            panel.barh(rows, lengths, height, xerr=errors, color=f"C{i}", label=name)
+    panels[0].set(xlabel="largest eigenvalue $\\lambda_1$")
+    panels[1].set(xlabel="trace")
+    for panel, labels in zip(panels, (layers, []), strict=True):
+        panel.set_yticks(range(len(layers)), labels or [""] * len(layers))
+        panel.set_ylim(len(layers) - 0.5, -0.5)  # The first layer at the top.
+        panel.axvline(0, color="black", lw=0.8)
+        _finish(panel)
+    return figure
+
+
 def rho_range(found):
     """What short trainings with several radii came to, and which is recommended.
 
@@ -213,9 +262,12 @@ def rho_range(found):
 def landscape(slices, log=True):
     """Slices of the loss: lines over each other, planes side by side.
 
+    Paths are drawn in their plane, each from a circle to a star.
+
     Args:
-        slices: a `keras_sharp.landscape.Line` or `Plane`. Or a dictionary of
-            several of one kind. Planes have a common scale of colors.
+        slices: a `keras_sharp.landscape.Line`, `Plane` or `PathPlane`. Or a
+            dictionary of several lines, or of several planes. Planes have a
+            common scale of colors.
         log: Boolean, whether the scale of the loss is logarithmic, if all
             losses are positive. Defaults to `True`.
 
@@ -232,7 +284,7 @@ def landscape(slices, log=True):
     >>> figure = keras_sharp.plots.landscape({"sgd": line})
     """
     named = _by_name(lambda one: one, slices)
-    planes = {isinstance(one, Plane) for one in named.values()}
+    planes = {isinstance(one, (Plane, PathPlane)) for one in named.values()}
     if len(planes) > 1:
         raise ValueError("Lines and planes are drawn apart. Received: some of both.")
     losses = np.concatenate([np.ravel(one.losses) for one in named.values()])
@@ -266,11 +318,29 @@ def _planes(named, losses, log):
             cmap="viridis",
         )
         panel.contour(colors, colors="white", linewidths=0.4, alpha=0.5)
-        panel.plot(0, 0, "+", color="white", ms=9)  # the weights of the model
-        panel.set(xlabel="first direction", ylabel="second direction", title=name, aspect="equal")
+        panel.set(title=name)
+        if isinstance(plane, PathPlane):
+            _paths(panel, plane)
+        else:
+            panel.plot(0, 0, "+", color="white", ms=9)  # the weights of the model
+            panel.set(xlabel="first direction", ylabel="second direction", aspect="equal")
     bar = figure.colorbar(colors, ax=panels, label="loss", shrink=0.9, ticks=levels[::5])
     bar.ax.set_yticklabels([f"{level:.2g}" for level in levels[::5]])
     return figure
+
+
+def _paths(panel, plane):
+    """The paths of trainings, from the circle to the star, in their plane."""
+    for i, (name, points) in enumerate(plane.paths.items()):
+        # White, or in colors that stand out on the dark ones and on the bright ones.
+        style = {"color": "white" if len(plane.paths) == 1 else ["C1", "white", "C3", "C6"][i % 4]}
+        panel.plot(*points.T, ".-", lw=1, ms=4, label=name, **style)
+        for end, marker, size in ((0, "o", 7), (-1, "*", 13)):
+            panel.plot(*points[end], marker, ms=size, mec="black", **style)
+    first, second = (f"{share:.0%} of the variance" for share in plane.shares)
+    panel.set(xlabel=f"first direction, {first}", ylabel=f"second direction, {second}")
+    if len(plane.paths) > 1:
+        panel.legend(facecolor="gray", labelcolor="white", edgecolor="none")
 
 
 def _by_name(read, given):

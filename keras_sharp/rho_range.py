@@ -10,7 +10,9 @@ import numpy as np
 from keras import ops
 
 from keras_sharp import cold_start, engine, rounding, sharpness, vectors
+from keras_sharp.identifiers import check_count
 from keras_sharp.model import SharpnessAwareModel
+from keras_sharp.policies import Policy
 from keras_sharp.surface import LossSurface
 from keras_sharp.weights import get_choice, is_bias, is_overwritten
 
@@ -33,7 +35,7 @@ class RhoRange(NamedTuple):
         cosine: array of shape `(n,)`, of the gradients before and after that
             step.
         initial_val_loss: Float, the loss on the validation data before.
-        recommended: Float, one of `rho`: see `rho_range_test`.
+        recommended: Float, one of `rho`, by the rule of `rho_range_test`.
     """
 
     rho: np.ndarray
@@ -119,7 +121,8 @@ def rho_range_test(
     Raises:
         ValueError: if the model is not such a model, or the data do not fit
             it; if an argument is not one of these. Where the model learns with
-            none of the radii, a warning says so, and the recommendation is 0.
+            none of the radii, or the loss falls by less than a hundredth, a
+            warning says so, and the recommendation is 0.
             Where it learns with all of them, another says that the range ends
             too early; a third, that `gain` and `sharpness` are rounding.
 
@@ -176,11 +179,26 @@ def rho_range_test(
     return RhoRange._make([*columns, initial, recommended])
 
 
+#: What the loss must fall by, as a share of itself, for its differences to tell something.
+_FALL = 0.01
+
+
 def _recommend(rho, val_loss, initial, tolerance):
     """The largest radius that costs little; the rule of `rho_range_test`."""
     # NaN, of a training that failed, is no loss.
     lowest = np.min(np.nan_to_num(val_loss, nan=np.inf))
-    if lowest < initial:
+    advice = (
+        "Test with more `epochs`, or with smaller `rhos`. And "
+        f"{cold_start.ADVICE.format(rho=rho[1])}."
+    )
+    if 0 < initial - lowest < _FALL * abs(initial):
+        recommended = 0.0
+        problem = (
+            f"The validation loss hardly falls, from {initial:.4g} to {lowest:.4g} at best: too "
+            "little to tell one rho from another"
+        )
+        advice = "Test with more `epochs`, or from weights that have more to learn."
+    elif lowest < initial:
         recommended = rho[val_loss <= lowest + tolerance * (initial - lowest)][-1]
         problem = f"With each rho from {rho[1]:g} up the loss falls clearly less than without"
     else:
@@ -188,9 +206,7 @@ def _recommend(rho, val_loss, initial, tolerance):
         problem = "The validation loss falls with no rho, and not without one"
     if recommended == 0:
         warnings.warn(
-            f"{problem}, in this short training. The recommendation is 0, no adversary. Test with "
-            "more `epochs`, or with smaller `rhos`. And "
-            f"{cold_start.ADVICE.format(rho=rho[1])}.",
+            f"{problem}, in this short training. The recommendation is 0, no adversary. {advice}",
             stacklevel=3,
         )
     elif recommended == rho[-1]:
@@ -247,7 +263,7 @@ class _Adversary:
 
     def _perturb(self, w, state, batch, rho):
         loss, g = self._evaluate(w, state, batch)
-        return (loss, g), self._region.perturbation(g, w, rho, self._biases)
+        return (loss, g), self._region.ascend(None, g, w, rho, self._biases)
 
     def _evaluate(self, w, state, batch):
         (loss, _), g = engine.value_and_gradient(
@@ -268,6 +284,12 @@ def _check(model, rhos, epochs, tolerance, verbose):
             "The test trains the model from the weights that it has now. Received: "
             f"model.compiled={model.compiled}, model.built={model.built}. Call `compile`, and "
             "`build` the wrapped model, first."
+        )
+    if isinstance(model.method, Policy) and model.method.waits:
+        raise ValueError(
+            "The test is a short training, in which a method must be asked from the first step on. "
+            f"Received: the policy {type(model.method).__name__}, which waits. Test the method "
+            "inside: `model.method = model.method.method`."
         )
     setting = model.method.settings.get("rho")
     if setting is None:
@@ -294,8 +316,7 @@ def _check(model, rhos, epochs, tolerance, verbose):
             "`rhos` must hold at least two different radii > 0, of which one is recommended. "
             f"Received: rhos={rhos!r}"
         )
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"`epochs` must be an integer >= 1. Received: epochs={epochs!r}")
+    check_count("epochs", epochs, at_least=1)
     if not 0 <= tolerance < 1:
         raise ValueError(f"`tolerance` must be a number in [0, 1). Received: tolerance={tolerance}")
     if verbose not in (0, 1):

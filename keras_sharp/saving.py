@@ -178,6 +178,7 @@ def _agrees(method, saved):
     return now["config"].keys() == saved["config"].keys() and all(
         _without_module(value) == _without_module(saved["config"][name])
         or (name in method.settings and method.settings[name].agrees_with(saved["config"][name]))
+        or (name == "method" and _agrees(method.method, saved["config"][name]))
         for name, value in now["config"].items()
     )
 

@@ -31,6 +31,12 @@ from keras import ops
 
 from keras_sharp import engine
 
+__all__ = [
+    "Hyperparameter",
+    "ProportionalToLearningRate",
+    "WarmUp",
+]
+
 
 class Hyperparameter:
     """A number of a method that may change while the model trains.
@@ -63,13 +69,14 @@ class Hyperparameter:
     def __get__(self, method, owner=None):
         if method is None:
             return self
-        return method.settings[self.name].variable
+        return method.own_settings[self.name].variable
 
     def __set__(self, method, value):
-        if self.name in method.settings:
-            method.settings[self.name].assign(value)
+        settings = method.own_settings
+        if self.name in settings:
+            settings[self.name].assign(value)
         else:
-            method.settings[self.name] = Setting(self.name, value, self.minimum)
+            settings[self.name] = Setting(self.name, value, self.minimum)
 
 
 def full_precision():

@@ -40,9 +40,23 @@ import numpy as np
 from keras import ops
 
 from keras_sharp import neighborhoods, rounding, vectors
+from keras_sharp.docstrings import filled_in
+from keras_sharp.identifiers import check_count
 from keras_sharp.rounding import Change
 from keras_sharp.surface import as_surface
 from keras_sharp.weights import is_bias
+
+__all__ = [
+    "Average",
+    "average_sharpness",
+    "bilateral_sharpness",
+    "gap_curvature",
+    "gradient_angle",
+    "m_sharpness",
+    "max_sharpness",
+    "min_sharpness",
+    "surrogate_gap",
+]
 
 
 class Average(NamedTuple):
@@ -95,7 +109,8 @@ def max_sharpness(
         rho: Float >= 0, the radius of the neighborhood. Defaults to `0.05`.
         neighborhood: a `keras_sharp.neighborhoods.Neighborhood` or its name,
             where `"adaptive"` is the region that goes along with rescaled
-            weights: see above. Defaults to `"euclidean"`.
+            weights, `AdaptiveBall(eta=0.0, scale_biases=True)`. Defaults to
+            `"euclidean"`.
         steps: Integer >= 1, the steps of an ascent. Each costs a gradient
             over all the data, the last one a loss. Defaults to `1`.
         restarts: Integer >= 0, further ascents of as many steps, which start
@@ -134,6 +149,7 @@ def max_sharpness(
     return _measured("max_sharpness", surface, [adversary])
 
 
+@filled_in(max_sharpness)
 def min_sharpness(
     model,
     x=None,
@@ -154,7 +170,7 @@ def min_sharpness(
     ```
 
     Args:
-        model: see `max_sharpness`, as for all arguments.
+        model: see `max_sharpness`.
         x: see `max_sharpness`.
         y: see `max_sharpness`.
         sample_weight: see `max_sharpness`.
@@ -180,6 +196,7 @@ def min_sharpness(
     return -_measured("min_sharpness", surface, [adversary])
 
 
+@filled_in(max_sharpness)
 def bilateral_sharpness(
     model,
     x=None,
@@ -202,7 +219,7 @@ def bilateral_sharpness(
     This is the quantity that BSAM holds down.
 
     Args:
-        model: see `max_sharpness`, as for all arguments.
+        model: see `max_sharpness`.
         x: see `max_sharpness`.
         y: see `max_sharpness`.
         sample_weight: see `max_sharpness`.
@@ -227,6 +244,7 @@ def bilateral_sharpness(
     return _measured("bilateral_sharpness", surface, both)
 
 
+@filled_in(max_sharpness)
 def surrogate_gap(
     model,
     x=None,
@@ -246,7 +264,7 @@ def surrogate_gap(
     It is `max_sharpness` in one step.
 
     Args:
-        model: see `max_sharpness`, as for all arguments.
+        model: see `max_sharpness`.
         x: see `max_sharpness`.
         y: see `max_sharpness`.
         sample_weight: see `max_sharpness`.
@@ -267,6 +285,7 @@ def surrogate_gap(
     return _measured("surrogate_gap", surface, [_Adversary(as_radius(rho), neighborhood)])
 
 
+@filled_in(max_sharpness)
 def gap_curvature(
     model,
     x=None,
@@ -291,7 +310,7 @@ def gap_curvature(
     `keras_sharp.curvature.eigenvalues` measures it anywhere.
 
     Args:
-        model: see `max_sharpness`, as for all arguments.
+        model: see `max_sharpness`.
         x: see `max_sharpness`.
         y: see `max_sharpness`.
         sample_weight: see `max_sharpness`.
@@ -317,6 +336,7 @@ def gap_curvature(
     return _measured("gap_curvature", surface, [adversary], factor=2 / rho**2)
 
 
+@filled_in(max_sharpness)
 def average_sharpness(
     model,
     x=None,
@@ -373,7 +393,7 @@ def average_sharpness(
         - [Andriushchenko et al., 2023](https://arxiv.org/abs/2302.07011)
     """
     surface, rho = as_surface(model, x, y, sample_weight, batch_size), as_radius(rho)
-    _check_count("samples", samples, 2)
+    check_count("samples", samples, 2)
     start = _start(surface, gradient=False)
     pairs = _RandomPairs(surface, rho, as_region(neighborhood), samples, seed)
     change = rounding.settle(pairs.by_losses(start), lambda: pairs.by_slopes(start))
@@ -381,6 +401,7 @@ def average_sharpness(
     return Average(value, math.hypot(change.spread, change.error))
 
 
+@filled_in(max_sharpness)
 def m_sharpness(
     model,
     x=None,
@@ -405,7 +426,7 @@ def m_sharpness(
     examples; of a data set, and of a `LossSurface`, they are its batches.
 
     Args:
-        model: see `max_sharpness`, as for all arguments but `m`.
+        model: see `max_sharpness`.
         x: see `max_sharpness`.
         y: see `max_sharpness`.
         sample_weight: see `max_sharpness`.
@@ -435,7 +456,7 @@ def m_sharpness(
     Reference:
         - [Foret et al., 2021](https://arxiv.org/abs/2010.01412), section 4.1.
     """
-    _check_count("m", m, 1)
+    check_count("m", m, 1)
     surface, rho = as_surface(model, x, y, sample_weight, batch_size=m), as_radius(rho)
 
     adversary, start = _Adversary(rho, neighborhood, steps, restarts, seed), []
@@ -457,6 +478,7 @@ def m_sharpness(
     return rounding.warn("m_sharpness", change, float(np.mean(start)))
 
 
+@filled_in(max_sharpness)
 def gradient_angle(
     model,
     x=None,
@@ -474,7 +496,7 @@ def gradient_angle(
     slope.
 
     Args:
-        model: see `max_sharpness`, as for all arguments but `rho`.
+        model: see `max_sharpness`.
         x: see `max_sharpness`.
         y: see `max_sharpness`.
         sample_weight: see `max_sharpness`.
@@ -560,8 +582,8 @@ class _Adversary:
     """Projected ascents in a neighborhood; descents, if rho is negative."""
 
     def __init__(self, rho, neighborhood, steps=1, restarts=0, seed=0):
-        _check_count("steps", steps, 1)
-        _check_count("restarts", restarts, 0)
+        check_count("steps", steps, 1)
+        check_count("restarts", restarts, 0)
         self.rho, self.region = rho, as_region(neighborhood)
         self.steps, self.restarts, self.seed = steps, restarts, seed
 
@@ -589,12 +611,11 @@ class _Adversary:
         w, biases = surface.weights, [is_bias(v) for v in surface.variables]
         random, region = np.random.default_rng(self.seed), self.region
         for direction in [g, *(_gaussian(random, w) for _ in range(self.restarts))]:
-            e = region.perturbation(direction, w, self.rho, biases)
+            e = region.ascend(None, direction, w, self.rho, biases)
             for _ in range(self.steps - 1):
                 loss, slope = surface.loss_and_gradient(vectors.add(w, e))
                 yield e, loss, surface.rounding
-                climb = region.perturbation(slope, w, self.rho, biases)
-                e = region.project(vectors.add(e, climb), w, abs(self.rho), biases)
+                e = region.ascend(e, slope, w, self.rho, biases)
             loss = surface.loss(vectors.add(w, e))
             yield e, loss, surface.rounding
 
@@ -672,8 +693,3 @@ def _gaussian(random, w):
 def _unit(x):
     length = vectors.norm(x)
     return vectors.scale(vectors.quotient(ops.ones_like(length), length), x)
-
-
-def _check_count(name, value, minimum):
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"`{name}` must be an integer >= {minimum}. Received: {name}={value!r}")

@@ -5,8 +5,11 @@ import numpy as np
 from keras import ops
 
 from keras_sharp import engine, rounding, vectors
-from keras_sharp.objective import Evaluation, compute_loss
-from keras_sharp.preprocessing import preprocess_data
+from keras_sharp.batches import open_data, size_of
+from keras_sharp.delegation import unwrapped
+from keras_sharp.docstrings import filled_in
+from keras_sharp.objective import Evaluation
+from keras_sharp.training.loss import compute_loss
 from keras_sharp.weights import is_overwritten
 
 
@@ -60,14 +63,14 @@ class LossSurface:
 
     def __init__(self, model, x, y=None, sample_weight=None, *, batch_size=256, variables=None):
         # Of a SharpnessAwareModel, the model inside computes the loss.
-        self.model = model.model if isinstance(model, engine.Trainer) else model
+        self.model = unwrapped(model)
         _check_model(self.model)
         #: The variables that `w` stands for.
         self.variables = _choose(self.model, variables)
         chosen = {id(v) for v in self.variables}
         self._others = [v for v in self.model.variables if id(v) not in chosen]
         self._others += engine.global_seeds()
-        self._data = _open(self.model, x, y, sample_weight, batch_size)
+        self._data = open_data(self.model, x, y, sample_weight, batch_size)
         #: How many batches the last evaluation took.
         self.num_batches = 0
         #: How far the last loss may be off by rounding, in the units of the loss.
@@ -111,6 +114,7 @@ class LossSurface:
         """
         return self._loss_and_state(w, self.state if state is None else state)[0]
 
+    @filled_in(loss)
     def loss_and_gradient(self, w, state=None):
         """Loss and gradient at the weights `w`.
 
@@ -124,6 +128,7 @@ class LossSurface:
         loss, gradient = self._loss_and_gradient_at(w, state)
         return Evaluation(loss, vectors.Vector(gradient))
 
+    @filled_in(loss)
     def slope(self, w, direction, state=None):
         """How fast the loss rises along a direction at the weights `w`.
 
@@ -327,7 +332,7 @@ class LossSurface:
     @property
     def num_examples(self):
         """Integer, the number of examples. Reads the data once."""
-        return sum(_size(batch) for batch in self.batches())
+        return sum(size_of(batch) for batch in self.batches())
 
     def _try(self, fn, batch):
         """`fn(batch)`; if the very first one fails, say what it was given."""
@@ -363,7 +368,7 @@ class LossSurface:
         sample_weight = batch[2]
         if self._reductions == {"mean_with_sample_weight"} and sample_weight is not None:
             return float(ops.sum(keras.tree.flatten(sample_weight)[0]))
-        return _size(batch)
+        return size_of(batch)
 
     def _check_split(self, batch):
         """Refuse several batches, or replicas, if the loss would depend on the split."""
@@ -404,11 +409,6 @@ def as_floats(rows):
     return np.array([[float(ops.convert_to_numpy(t)) for t in row] for row in rows], "float64")
 
 
-def _size(batch):
-    """The number of examples in a batch."""
-    return next(t for t in keras.tree.flatten(batch) if t is not None).shape[0]
-
-
 def _check_model(model):
     if not isinstance(model, keras.Model):
         raise ValueError(
@@ -444,38 +444,6 @@ def _choose(model, variables):
             "`model.layers[0].trainable_variables`."
         )
     return [v for v in possible if id(v) in chosen]
-
-
-def _open(model, x, y, sample_weight, batch_size):
-    """The adapter through which Keras would read these data."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be an integer >= 1. Received: batch_size={batch_size}")
-    if hasattr(x, "__next__"):
-        raise ValueError(
-            "The data are read more than once, and a generator can be read only once. Received: "
-            f"x={x!r}. Expected arrays, a tf.data.Dataset, a keras.utils.PyDataset or a torch "
-            "DataLoader."
-        )
-    shapes = [getattr(a, "shape", (1,)) for a in keras.tree.flatten(x)]
-    if x is None or not shapes or any(shape[:1] == (0,) for shape in shapes):
-        raise ValueError(
-            "There are no data: `x` is empty. Expected at least one example. Received: "
-            f"x of type {type(x).__name__}"
-        )
-    x, y, sample_weight = preprocess_data(model, (x, y, sample_weight), batch_size)
-    data = engine.data_adapter(x, y, sample_weight, batch_size)
-    endless = hasattr(x, "num_batches") or (
-        hasattr(x, "cardinality") and int(x.cardinality()) == _INFINITE
-    )
-    if data.num_batches is None and endless:
-        raise ValueError(
-            "The data have no end, and the loss is that of all of them. Received: an infinite "
-            f"{type(x).__name__}. Use `take`, or a PyDataset with a finite `num_batches`."
-        )
-    return data
-
-
-_INFINITE = -1  # What `tf.data.Dataset.cardinality` returns for an infinite data set.
 
 
 def as_surface(model, x, y, sample_weight, batch_size):

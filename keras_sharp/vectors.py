@@ -11,9 +11,24 @@ and counts nowhere) and what dividing by the norm of a zero vector gives
 from typing import NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_sharp import engine
+
+__all__ = [
+    "add",
+    "add_scaled",
+    "cosine",
+    "dot",
+    "norm",
+    "quotient",
+    "recall",
+    "reject",
+    "remember",
+    "scale",
+    "zeros",
+]
 
 
 class _Range(NamedTuple):
@@ -97,7 +112,7 @@ def add_scaled(x, a, y):
 
 
 def dot(x, y):
-    """The inner product, a scalar of at least float32."""
+    """The inner product of `x` and `y`, a scalar of at least float32."""
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
     if not pairs:
         return widen(ops.zeros(()))
@@ -105,7 +120,7 @@ def dot(x, y):
 
 
 def norm(x):
-    """The Euclidean norm, right also where the squares over- or underflow."""
+    """The Euclidean norm of `x`, right also where the squares over- or underflow."""
     return x.norm if isinstance(x, Vector) else _norm(x, dot(x, x))
 
 
@@ -115,13 +130,21 @@ def _norm(x, squared):
     def rescaled():
         one = ops.ones_like(squared)
         factor = ops.where(squared < safe.low, safe.factor * one, one / safe.factor)
-        again = map_present(lambda t: ops.cast(t, factor.dtype) * factor, x)
+        again = map_present(lambda t: _times(factor, ops.cast(t, factor.dtype)), x)
         square = dot(again, again)
         # The inner `where` keeps the derivative of the root finite at zero.
         root = ops.sqrt(ops.where(square == 0, one, square))
         return ops.where(square == 0, ops.zeros_like(root), root / factor)
 
     return engine.cond(safe.holds(squared), lambda: ops.sqrt(squared), rescaled)
+
+
+def _times(factor, t):
+    """`factor * t`, also of zeros that XLA knows when it compiles.
+
+    It would multiply them with the square of the factor, which is infinite.
+    """
+    return ops.where(t == 0, ops.zeros_like(t), t * factor)
 
 
 def _range(squared):
@@ -162,13 +185,29 @@ def widen(t):
     return ops.cast(t, "float64" if "float64" in str(t.dtype) else "float32")
 
 
+def zeros(variables):
+    """Zeros for a method to remember, in the shapes of `variables`; NumPy, of at least float32."""
+    dtypes = ["float64" if "float64" in str(v.dtype) else "float32" for v in variables]
+    return [np.zeros(v.shape, dtype) for v, dtype in zip(variables, dtypes, strict=True)]
+
+
+def remember(x, memory):
+    """`x` in the dtypes of `memory`, which stands where `x` has no entry."""
+    return [m if t is None else ops.cast(t, m.dtype) for t, m in zip(x, memory, strict=True)]
+
+
+def recall(memory, x):
+    """`memory` in the dtypes of `x`, with no entry where `x` has none."""
+    return [None if t is None else ops.cast(m, t.dtype) for m, t in zip(memory, x, strict=True)]
+
+
 def quotient(a, b):
     """`a / b` for scalars, and 0 where `b` is 0; so is the derivative."""
     return engine.quotient(a, b)
 
 
 def reject(x, onto):
-    """The part of `x` that is perpendicular to `onto` (`x` itself if that is 0)."""
+    """The part of `x` that is perpendicular to `onto`; `x` itself if that is 0."""
     squared = onto.squared_norm if isinstance(onto, Vector) else dot(onto, onto)
     product = dot(x, onto)
 
@@ -189,6 +228,6 @@ def reject(x, onto):
 
 
 def cosine(x, y):
-    """The cosine of the angle between two vectors; 0 if one of them is 0."""
+    """The cosine of the angle between `x` and `y`; 0 if one of them is 0."""
     (_, x), (_, y) = scaled_to_one(x), scaled_to_one(y)
     return quotient(dot(x, y), norm(x) * norm(y))

@@ -11,6 +11,17 @@ from tests import models
 from tests.models import BACKEND
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests stay on their backends; a variant that this one takes is marked."""
+    for item in items:
+        for mark in item.iter_markers("backends"):
+            if BACKEND not in mark.args:
+                item.add_marker(pytest.mark.skip(reason=f"on {' and '.join(mark.args)} only"))
+        if item.get_closest_marker("variant") and models.home_of(item) == BACKEND:
+            item.add_marker("at_home")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_tensor_float_32():
     """On some GPUs float32 products keep 10 bits of the mantissa only, unless told not to."""
@@ -27,6 +38,17 @@ def _no_tensor_float_32():
 
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory():
+    """What a module has compiled is of no use to the next: a run would come to hold gigabytes."""
+    yield
+    if BACKEND == "jax":
+        import jax
+
+        jax.clear_caches()
+    keras.utils.clear_session()  # It collects the garbage, too.
 
 
 @pytest.fixture(autouse=True)

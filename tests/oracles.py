@@ -341,6 +341,31 @@ def gsam(at, g, rho, alpha):
     return g_adv - alpha * g_orthogonal
 
 
+def looksam(at, g, v, rho, alpha):
+    """Liu et al., algorithm 1, where it looks: SAM. What it remembers, and alpha, have no part."""
+    return at(rho)
+
+
+def momentum_sam(at, g, v, rho):
+    """Becker et al., algorithm 1: at the weights moved along the momentum, which goes downhill."""
+    return at(-rho, along=lambda g: v)
+
+
+def async_sam(at, g, m, rho):
+    """The gradient at the weights moved along the gradient of the step before."""
+    return at(rho, along=lambda g: m)
+
+
+def friendly_sam(at, g, m, rho, sigma):
+    """Li et al., algorithm 1: climb along the part of the gradient that the average lacks."""
+    return at(rho, along=lambda g: g - sigma * m)
+
+
+def wsam(at, g, rho, gamma):
+    """Yue et al., equation 5: `(1 - 2 gamma) / (1 - gamma) g + gamma / (1 - gamma) g_adv`."""
+    return ((1 - 2 * gamma) * g + gamma * at(rho)) / (1 - gamma)
+
+
 def bsam(at, g, rho, rho_min):
     """Deng et al., algorithm 1: the gradients of max-sharpness and of min-sharpness."""
     g_up, g_down = at(rho), at(-rho_min)

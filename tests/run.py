@@ -15,19 +15,23 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BACKENDS = ("tensorflow", "jax", "torch")
+#: What the last run of each backend came to, in the format of JUnit.
+REPORTS = ROOT / "build" / "reports"
 
 
 def main():
     args = parse_arguments(sys.argv[1:])
     backends = args.backend or BACKENDS
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = pool.map(lambda backend: run(backend, args.quick, args.pytest), backends)
+        shares = set(backends) == set(BACKENDS)
+        outcomes = pool.map(
+            lambda backend: run(backend, args.quick, args.pytest, shares=shares), backends
+        )
         results = dict(zip(backends, outcomes, strict=True))
     print("\n==== summary ====")
     for backend, (counts, seconds, verdict) in results.items():
@@ -56,17 +60,20 @@ def parse_arguments(arguments):
     return args
 
 
-def run(backend, quick, pytest_arguments, python=sys.executable):
-    """Run pytest on one backend: the counts, the seconds, and "ok" or what is wrong."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = pathlib.Path(folder) / "report.xml"
-        command = [python, "-m", "pytest"]
-        command += ["-m", "not slow"] if quick else []
-        command += [*pytest_arguments, f"--junitxml={report}"]
-        start = time.perf_counter()
-        code = show(command, backend)
-        seconds = time.perf_counter() - start
-        counts = read_counts(report)
+def run(backend, quick, pytest_arguments, python=sys.executable, shares=False):
+    """Run pytest on one backend: the counts, the seconds, and "ok" or what is wrong.
+
+    With `shares`, a variant of a slow test is left to the backend that takes it.
+    """
+    report = REPORTS / f"{backend}.xml"
+    report.unlink(missing_ok=True)
+    which = "not slow" if quick else "not variant or at_home" if shares else ""
+    command = [python, "-m", "pytest", "-m", which]
+    command += [*pytest_arguments, f"--junitxml={report}"]
+    start = time.perf_counter()
+    code = show(command, backend)
+    seconds = time.perf_counter() - start
+    counts = read_counts(report)
     if counts["passed"] + counts["failed"] == 0:
         verdict = f"NO TEST RAN (exit status {code})"
     elif code != 0:
@@ -95,6 +102,11 @@ def show(command, backend):
 def environment(backend):
     """The environment of one run. Which GPUs are visible is left as it is."""
     defaults = {
+        # JAX compiles thousands of tiny programs, which run a few times: it need not try hard, nor
+        # compile one of them twice.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / "build" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         # On a GPU, take memory as needed: another process may want some, too.
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",

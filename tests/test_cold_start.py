@@ -51,6 +51,7 @@ def logs(*losses, rho=0.1):
         logs(2.3, 0.2, 0.21, 0.2),  # has converged in one epoch
         logs(2.4, 2.3, 2.31),  # too early to say
         logs(2.4, 2.3, 2.31, 2.3, rho=0.0),  # not the adversary
+        logs(2.4, 2.3, 2.31, 2.3, rho=[0.1, 0.1, 0.0, 0.0]),  # nor in the end
         {"loss": [2.4, 2.3, 2.31, 2.3]},  # there is none
         logs(2.4, np.nan, np.nan, np.nan),  # another warning's
         logs(-1.0, -2.0, -2.0, -2.0),  # no loss that has a scale
@@ -66,6 +67,11 @@ def test_after_a_warm_up_another_one_is_not_what_helps():
     with pytest.warns(UserWarning, match="has risen to 2, is too large") as caught:
         cold_start.warn_of_logs(logs(2.0, 1.3, 1.7, 2.2, rho=[0.4, 1.0, 2.0, 2.0]))
     assert "WarmUp" not in str(caught[0].message)
+
+
+def test_plain_epochs_before_are_no_warm_up():
+    with pytest.warns(UserWarning, match=r"WarmUp\(0\.4, steps="):
+        cold_start.warn_of_logs(logs(2.4, 2.3, 2.31, 2.3, rho=[0.0, 0.4, 0.4, 0.4]))
 
 
 def test_it_is_said_once():

@@ -179,7 +179,9 @@ def test_global_scope_equals_one_device(outcome, topology, case):
         pytest.skip("each replica normalizes its part of the batch by itself")
     found = outcome(topology)
     variables, history = expected(case, found.num_devices)
-    models.assert_close(found.variables(case), variables, rtol=0, atol=1e-6)
+    # LookSAM divides by the length of a small difference of gradients, which rounding is part of.
+    atol = 1e-5 if "looksam" in case else 1e-6
+    models.assert_close(found.variables(case), variables, rtol=0, atol=atol)
     for name, numbers in history.items():
         np.testing.assert_allclose(found.replicas(case, name)[0], numbers, atol=1e-5)
 

@@ -24,16 +24,22 @@ class Case(NamedTuple):
     """What the tests know of a method.
 
     Args:
-        oracle: its rule, from the paper.
+        oracle: its rule, from the paper. If the method remembers a vector, it takes that as well.
         hyperparameters: the values that the tests use; those named rho... are radii.
         gradients: how many gradients one step takes.
         region: of a method with a neighborhood of its own, the name of that.
+        arguments: further arguments of the constructor.
+        remembers: whether the method remembers a vector in the shapes of the weights.
+        climbs: whether it has the arguments `ascent_steps` and `second_order`.
     """
 
     oracle: Callable
     hyperparameters: dict
     gradients: int = 2
     region: str | None = None
+    arguments: dict = {}  # noqa: RUF012
+    remembers: bool = False
+    climbs: bool = True
 
 
 #: One entry for each method. A method without an entry fails in every test.
@@ -43,15 +49,27 @@ CASES = {
     "gsam": Case(oracles.gsam, {"rho": 0.3, "alpha": 0.7}),
     "adaptive_gsam": Case(oracles.gsam, {"rho": 0.3, "alpha": 0.7}, region="weight_scaled"),
     "bsam": Case(oracles.bsam, {"rho": 0.3, "rho_min": 0.2}, gradients=3),
+    # Where it looks at each step it is SAM; the steps in between are in test_cheaper.py.
+    "looksam": Case(
+        oracles.looksam, {"rho": 0.3, "alpha": 0.7}, arguments={"k": 1}, remembers=True
+    ),
+    "momentum_sam": Case(
+        oracles.momentum_sam, {"rho": 0.3}, gradients=1, remembers=True, climbs=False
+    ),
+    "async_sam": Case(oracles.async_sam, {"rho": 0.3}, gradients=1, remembers=True, climbs=False),
+    # Which entries and which examples: in test_cheaper.py.
+    "esam": Case(oracles.sam, {"rho": 0.3}, arguments={"beta": 1.0, "gamma": 1.0}, climbs=False),
+    "friendly_sam": Case(oracles.friendly_sam, {"rho": 0.3, "sigma": 0.8}, remembers=True),
+    "wsam": Case(oracles.wsam, {"rho": 0.3, "gamma": 0.8}),
 }
 
 EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
 #: For what takes long, as compiling does: the method with the most passes stands for all.
 MOST_METHODS = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == "bsam" else pytest.mark.slow) for n in METHODS]
+    "name", [n if n == "bsam" else models.variant(n) for n in METHODS]
 )
 AS_WRITTEN = pytest.mark.usefixtures("as_written")
-COMPILED = pytest.mark.skipif(BACKEND == "torch", reason="PyTorch is eager in any case")
+COMPILED = models.on("tensorflow", "jax")  # PyTorch is eager in any case.
 
 VARIANTS = {
     "one_step": {},
@@ -74,17 +92,14 @@ def every_combination(*variants, typical=2):
         own = CASES[name].region if name in CASES else None
         for region in [own] if own else REGIONS:
             for variant in variants:
+                if VARIANTS[variant] and name in CASES and not CASES[name].climbs:
+                    continue
                 usual = bool(own) or region in ("ball_2", "adaptive_inf")
                 slow = (name == "sam") + usual + (variant == variants[0]) < typical
                 slow = slow or variant == "three_steps_second_order"
+                parameters = models.variant if slow else pytest.param
                 combinations.append(
-                    pytest.param(
-                        name,
-                        region,
-                        VARIANTS[variant],
-                        id=f"{name}-{region}-{variant}",
-                        marks=[pytest.mark.slow] if slow else [],
-                    )
+                    parameters(name, region, VARIANTS[variant], id=f"{name}-{region}-{variant}")
                 )
     return pytest.mark.parametrize(("name", "region", "variant"), combinations)
 
@@ -92,7 +107,7 @@ def every_combination(*variants, typical=2):
 def make(name, region=None, variant=None, **hyperparameters):
     """A method, in a region and with the hyperparameters of its case."""
     case = CASES[name]
-    arguments = {**case.hyperparameters, **(variant or {}), **hyperparameters}
+    arguments = {**case.arguments, **case.hyperparameters, **(variant or {}), **hyperparameters}
     if region is not None and case.region is None:
         arguments["neighborhood"] = make_region(region)
     method = METHODS[name](**arguments)
@@ -120,10 +135,13 @@ class Spy(Objective):
 
     def __init__(self, loss_fn, **kwargs):
         super().__init__(loss_fn, **kwargs)
-        self.loss_fn, self.points = loss_fn, []
+        self.loss_fn, self.points, self.outer = loss_fn, [], self._log
 
-    def __call__(self, w):
-        self.points.append(w)
+    def __call__(self, w):  # Inside of `through`, JAX asks with tracers.
+        if self._log is self.outer and not any(
+            point is w for point in self.points
+        ):  # It answers from memory.
+            self.points.append(w)
         return super().__call__(w)
 
 
@@ -153,14 +171,27 @@ def of_quadratic(float64):
     return form, objective, float64.tensors(oracles.split(form.start, form.shapes))
 
 
-def take(method, objective, w, float64=None):
-    """One step of a method by itself: the gradient and the direction."""
+def memory_of(name, w):
+    """What a method remembers in these tests, flat: numbers like those of a gradient."""
+    return np.random.default_rng(7).normal(size=w.shape)
+
+
+def take(method, objective, w, float64=None, memory=None):
+    """One step of a method by itself: the gradient and the direction.
+
+    A method that remembers something begins with `memory`, or with nothing.
+    """
     _, g = objective(w)
     hyperparameters = {key: s.value_at(0, None) for key, s in method.settings.items()}
     if float64:  # A method keeps its hyperparameters in float32, as they were given here.
         given = {key: setting.given for key, setting in method.settings.items()}
         hyperparameters = {key: float64.tensor(value) for key, value in given.items()}
-    direction, _ = method.step(objective, w, g, [], **hyperparameters)
+    if memory is None:
+        memory = method.initial_state(
+            [keras.KerasTensor(t.shape, keras.backend.standardize_dtype(t.dtype)) for t in w]
+        )
+    memory = [float64.tensor(m) if float64 else ops.convert_to_tensor(m) for m in memory]
+    direction, _ = method.step(objective, w, memory, **hyperparameters)
     return g, direction
 
 
@@ -168,12 +199,25 @@ def expected_direction(name, region, loss, ascent_steps=1, second_order=False):
     """What the oracles say."""
     case, bias = CASES[name], oracles.mask(loss.biases, loss.shapes)
 
-    def ascent(w, rho):
-        return oracles.ascend(REGIONS[region], loss.gradient, w, bias, rho, ascent_steps)
+    def at(rho, along=lambda g: g):
+        def ascent(w, rho):
+            def climb(v):
+                return along(loss.gradient(v))
 
-    at = oracles.at_adversary(loss, loss.start, ascent, second_order)
-    flat = case.oracle(at, loss.gradient(loss.start), **case.hyperparameters)
+            return oracles.ascend(REGIONS[region], climb, w, bias, rho, ascent_steps)
+
+        return oracles.at_adversary(loss, loss.start, ascent, second_order)(rho)
+
+    remembered = [memory_of(name, loss.start)] if case.remembers else []
+    flat = case.oracle(at, loss.gradient(loss.start), *remembered, **case.hyperparameters)
     return oracles.split(flat, loss.shapes)
+
+
+def remembered(name, loss):
+    """The memory that `expected_direction` takes into account, as the method has it."""
+    if not CASES[name].remembers:
+        return []
+    return oracles.split(memory_of(name, loss.start), loss.shapes)
 
 
 def compiled(model, optimizer=None):
@@ -274,12 +318,16 @@ class Watched(methods.Method):
     def settings(self):
         return self.method.settings
 
+    def initial_state(self, variables):
+        return self.method.initial_state(variables)
+
 
 class Asks(Watched):
     """Asks all that another method asks, and then goes down the plain gradient."""
 
-    def step(self, objective, w, g, state, **hyperparameters):
-        self.method.step(objective, w, g, state, **hyperparameters)
+    def step(self, objective, w, state, **hyperparameters):
+        g = objective(w).gradient  # First: this is the pass that is reported.
+        self.method.step(objective, w, state, **hyperparameters)
         return g, state
 
 
@@ -313,8 +361,8 @@ class Records(Watched):
         super().__init__(method)
         self.write = write
 
-    def step(self, objective, w, g, state, **hyperparameters):
-        direction, state = self.method.step(objective, w, g, state, **hyperparameters)
+    def step(self, objective, w, state, **hyperparameters):
+        direction, state = self.method.step(objective, w, state, **hyperparameters)
         self.write([np.array(ops.convert_to_numpy(d)) for d in direction])
         return direction, state
 
@@ -350,13 +398,15 @@ def test_learning_rate_zero_leaves_the_weights_to_the_bit(name):
 @every_combination("one_step", "three_steps")
 def test_points_asked_for_lie_on_the_border(name, region, variant, float64):
     net, objective, w = of_tanh_net(float64)
-    take(make(name, region, variant), objective, w, float64)
+    take(make(name, region, variant), objective, w, float64, remembered(name, net))
     bias = oracles.mask(net.biases, net.shapes)
     perturbations = [oracles.join(float64.arrays(p)) - net.start for p in objective.points[1:]]
     sizes = [REGIONS[region].size(e, net.start, bias) for e in perturbations]
     radii = [v for key, v in CASES[name].hyperparameters.items() if key.startswith("rho")]
     steps = variant.get("ascent_steps", 1)
     if region == "unnormalized":  # No border: the first step of each ascent is rho * g.
+        if CASES[name].remembers and name != "looksam":
+            return  # It climbs along something else.
         sizes = sizes[::steps] / np.linalg.norm(net.gradient(net.start))
         steps = 1
     np.testing.assert_allclose(sorted(sizes), sorted(np.repeat(radii, steps)), rtol=1e-12)
@@ -368,7 +418,8 @@ def test_points_asked_for_lie_on_the_border(name, region, variant, float64):
 @every_combination("one_step", "three_steps")
 def test_direction_on_a_quadratic_is_the_closed_form(name, region, variant, float64):
     form, objective, w = of_quadratic(float64)
-    _, direction = take(make(name, region, variant), objective, w, float64)
+    method, memory = make(name, region, variant), remembered(name, form)
+    _, direction = take(method, objective, w, float64, memory)
     float64.assert_close(direction, expected_direction(name, region, form, **variant))
 
 
@@ -384,7 +435,10 @@ def jacobian(region, form, rho):
 
 
 @pytest.mark.parametrize("region", ["ball_2", "ball_inf", "unnormalized"])
-@pytest.mark.parametrize("name", [n for n in METHODS if n in CASES and not CASES[n].region])
+@pytest.mark.parametrize(
+    "name",
+    [n for n, c in CASES.items() if not c.region and c.climbs and n != "friendly_sam"],
+)
 def test_second_order_on_a_quadratic_is_the_closed_form(name, region, float64):
     form, objective, w = of_quadratic(float64)
     bias = oracles.mask(form.biases, form.shapes)
@@ -394,9 +448,10 @@ def test_second_order_on_a_quadratic_is_the_closed_form(name, region, float64):
         w_adv = form.start + REGIONS[region].step(g, form.start, bias, rho)
         return jacobian(region, form, rho).T @ form.gradient(w_adv)
 
-    expected = CASES[name].oracle(at, g, **CASES[name].hyperparameters)
+    memory = [memory_of(name, form.start)] if CASES[name].remembers else []
+    expected = CASES[name].oracle(at, g, *memory, **CASES[name].hyperparameters)
     method = make(name, region, VARIANTS["second_order"])
-    _, direction = take(method, objective, w, float64)
+    _, direction = take(method, objective, w, float64, remembered(name, form))
     float64.assert_close(direction, oracles.split(expected, form.shapes))
 
 
@@ -475,8 +530,10 @@ def test_a_step_on_nan_or_inf_in_the_data_is_skipped_compiled(name):
 
 
 def methods_in(*regions):
-    """Every method, in these regions where it is free to choose."""
+    """Every method that asks at the weights, in these regions where it is free to choose."""
     for name in METHODS:
+        if name in CASES and CASES[name].gradients == 1:
+            continue
         own = CASES[name].region if name in CASES else None
         for region in [own] if own else regions:
             yield pytest.param(name, region, id=f"{name}-{region}")
@@ -500,7 +557,7 @@ def test_an_infinite_gradient_with_a_finite_loss_is_skipped(name, region):
 
 
 @AS_WRITTEN
-@EVERY_METHOD
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "momentum_sam"])  # It goes downhill.
 def test_nan_at_the_perturbed_point_alone_is_skipped(name):
     """The loss rises towards a cliff at 1, behind which there is no loss."""
 
@@ -582,6 +639,8 @@ def test_the_direction_has_the_dtypes_and_shapes_of_the_weights(name, dtype):
 @MOST_METHODS
 @pytest.mark.parametrize("variant", ["three_steps", "second_order"])
 def test_weights_of_several_dtypes_keep_their_own(name, variant):
+    if not CASES[name].climbs:
+        variant = "one_step"
     dtypes = ["float32", "float16"]
     assert_direction_is_like_weights(name, [(2, 3), (3,)], dtypes, variant)
 
@@ -612,12 +671,16 @@ def test_the_second_step_does_not_compile_again(name):
 
 @EVERY_METHOD
 def test_a_step_costs_as_many_gradients_as_documented(name, float64):
-    for steps in (1, 3):
-        _, objective, w = of_quadratic(float64)
-        take(make(name, variant={"ascent_steps": steps}), objective, w, float64)
-        assert len(objective.points) == 1 + (CASES[name].gradients - 1) * steps
-    cost = {2: "two", 3: "three"}[CASES[name].gradients]
-    assert f"Costs {cost} gradients per step." in METHODS[name].__doc__.replace("\n    ", " ")
+    case = CASES[name]
+    for steps in (1, 3) if case.climbs else (1,):
+        form, objective, w = of_quadratic(float64)
+        method = make(name, variant={"ascent_steps": steps} if case.climbs else {})
+        take(method, objective, w, float64, remembered(name, form))
+        taken = 1 + (case.gradients - 1) * steps
+        asked_here = 1 if case.gradients == 1 else 0  # `take` asks at the weights; all others, too.
+        assert float(objective.record.num_gradients) == taken + asked_here
+    cost = {1: "one gradient", 2: "two gradients", 3: "three gradients"}[case.gradients]
+    assert f"Costs {cost} per step" in " ".join(METHODS[name].__doc__.split())
 
 
 # Law 8: weights that are frozen, or without a gradient, are left alone
@@ -667,8 +730,8 @@ def test_a_weight_without_gradient_is_as_if_it_were_not_there(name, region, vari
 
 @EVERY_METHOD
 def test_a_weight_that_takes_no_part_stays_where_it_is_in_all_passes(name, float64):
-    _, objective, w = of_tanh_net(float64, perturbed=[True, False, True])
-    _, direction = take(make(name), objective, w, float64)
+    net, objective, w = of_tanh_net(float64, perturbed=[True, False, True])
+    _, direction = take(make(name), objective, w, float64, remembered(name, net))
     start = float64.arrays(w)
     for point in objective.points[1:]:
         moved = [np.any(a != b) for a, b in zip(float64.arrays(point), start, strict=True)]
@@ -682,7 +745,8 @@ def test_a_weight_that_takes_no_part_stays_where_it_is_in_all_passes(name, float
 @every_combination(*VARIANTS, typical=1)
 def test_direction_agrees_with_the_oracle(name, region, variant, float64):
     net, objective, w = of_tanh_net(float64)
-    _, direction = take(make(name, region, variant), objective, w, float64)
+    method, memory = make(name, region, variant), remembered(name, net)
+    _, direction = take(method, objective, w, float64, memory)
     expected = expected_direction(name, region, net, **variant)
     # The oracle of the second order takes differences.
     tolerance = {"rtol": 1e-7, "atol": 1e-8} if variant.get("second_order") else {}
@@ -694,7 +758,7 @@ def test_direction_agrees_with_the_oracle(name, region, variant, float64):
 
 @EVERY_METHOD
 def test_config_round_trip_gives_the_same_method(name, float64):
-    method = make(name, variant={"ascent_steps": 2})
+    method = make(name, variant={"ascent_steps": 2} if CASES[name].climbs else {})
     copy = methods.deserialize(json.loads(json.dumps(methods.serialize(method))))
     assert type(copy) is type(method)
     assert copy.get_config() == method.get_config()
@@ -760,7 +824,8 @@ class ClimbsAlongAverage(methods.Method):
     def initial_state(self, variables):
         return [np.zeros(v.shape, "float32") for v in variables]
 
-    def step(self, objective, w, g, state):
+    def step(self, objective, w, state):
+        g = objective(w).gradient
         average = [self.decay * a + (1 - self.decay) * t for a, t in zip(state, g, strict=True)]
         e = self.neighborhood.perturbation(objective.perturbed(average), w, self.rho)
         return objective([t + d for t, d in zip(w, e, strict=True)]).gradient, average

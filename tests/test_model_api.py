@@ -463,7 +463,8 @@ class Momentum(methods.SAM):
     def initial_state(self, variables):
         return [np.zeros(v.shape, "float32") for v in variables]
 
-    def step(self, objective, w, g, state, rho):
+    def step(self, objective, w, state, rho):
+        g = objective(w).gradient
         new = [
             0.9 * m + t for m, t in zip(state, self.direction(objective, w, g, rho), strict=True)
         ]

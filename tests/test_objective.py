@@ -58,10 +58,24 @@ def test_asking_again_gives_the_same_answer(float64):
     assert_equal(w, before)
 
 
-def test_each_answer_is_kept_in_order(float64):
+def test_to_ask_again_costs_nothing(float64):
     objective, _, w = tanh_net(float64)
-    answers = [objective(w), objective([t + 1.0 for t in w])]
-    assert all(a is b for a, b in zip(objective.evaluations, answers, strict=True))
+    first, elsewhere = objective(w), [t + 1.0 for t in w]
+    assert objective(w) is first
+    assert float(objective.record.num_gradients) == 1
+    assert objective(elsewhere) is objective(elsewhere)
+    assert float(objective.record.num_gradients) == 2
+    assert objective(list(w)) is not first  # Another list may hold other weights.
+
+
+def test_the_record_tells_of_the_reported_pass_and_the_last_one(float64):
+    objective, _, w = tanh_net(float64)
+    first, last = objective(w), objective([t + 1.0 for t in w])
+    record = objective.record
+    assert float(record.report.loss) == float(first.loss)
+    assert float(record.grad_norm) == float(first.gradient.norm)
+    assert float(record.perturbed_loss) == float(last.loss)
+    assert float(record.is_perturbed) == 1
 
 
 def test_a_gradient_knows_its_norm(float64):
@@ -90,11 +104,14 @@ def test_rows_of_an_embedding_that_occur_twice_are_added_up():
 
 
 def test_what_comes_beside_the_loss_is_kept():
-    objective = Objective.with_aux(lambda w: (ops.sum(w[0] ** 2), {"seen": w[0] + 1.0}))
-    assert objective.aux is None
+    objective = Objective.with_aux(
+        lambda w, batch: (ops.sum(w[0] ** 2), {"seen": w[0] + 1.0}), hand_on=lambda aux: aux["seen"]
+    )
+    assert objective.record.report is None
     objective([vector(1.0)])
     objective([vector(2.0)])
-    assert float(objective.aux["seen"][0]) == 3.0
+    assert float(objective.record.report.aux["seen"][0]) == 2.0  # Of the first pass.
+    assert float(objective.record.aux[0]) == 3.0  # Of the last one.
 
 
 # Which weights
@@ -127,14 +144,15 @@ def test_the_gradient_of_frozen_weights_is_kept_apart():
     _, gradient = objective([vector(1.0), vector(1.0)])
     assert gradient[1] is None
     assert float(gradient.norm) == 4.0
-    assert objective.frozen_gradient[0] is None
-    assert float(objective.frozen_gradient[1][0]) == 100.0
+    frozen = objective.record.report.frozen
+    assert frozen[0] is None
+    assert float(frozen[1][0]) == 100.0
 
 
 def test_nan_for_frozen_weights_is_none_of_the_methods_business():
     objective = Objective(lambda w: ops.sum(w[0]) + ops.sum(ops.sqrt(w[1])), frozen=[False, True])
     objective([vector(1.0), vector(0.0)])
-    assert bool(objective.finite)
+    assert bool(objective.is_finite([]))
 
 
 # A scaled loss
@@ -170,7 +188,7 @@ def test_finite_where_all_losses_and_gradients_are():
     objective([vector(1.0, -2.0)])
     objective([vector(0.0, 0.0)])
     objective([vector(1e18, 1e18)])  # Its square is near the end of float32.
-    assert bool(objective.finite)
+    assert bool(objective.is_finite([]))
 
 
 @pytest.mark.parametrize(
@@ -179,23 +197,23 @@ def test_finite_where_all_losses_and_gradients_are():
 def test_not_finite_where_a_loss_is_not(entries):
     objective = Objective(lambda w: ops.sum(w[0] ** 2))
     objective([vector(1.0, 1.0)])
-    assert bool(objective.finite)
+    assert bool(objective.is_finite([]))
     objective([vector(*entries)])
     objective([vector(1.0, 1.0)])
-    assert not bool(objective.finite)
+    assert not bool(objective.is_finite([]))
 
 
 def test_not_finite_where_a_gradient_alone_is_not():
     objective = Objective(lambda w: ops.sum(ops.sqrt(w[0])))
     loss, _ = objective([vector(0.0, 1.0)])
     assert float(loss) == 1.0
-    assert not bool(objective.finite)
+    assert not bool(objective.is_finite([]))
 
 
 def test_a_gradient_whose_square_overflows_is_finite():
     objective = Objective(lambda w: ops.sum(1e30 * w[0]))
     objective([vector(1.0, 1.0)])
-    assert bool(objective.finite)
+    assert bool(objective.is_finite([]))
 
 
 # Through an ascent
@@ -247,7 +265,8 @@ def test_through_no_ascent_is_the_gradient(float64):
 def test_through_counts_as_one_question(float64):
     objective, _, w = tanh_net(float64)
     answer = objective.through(ascent_by(0.1), w)
-    assert objective.evaluations == [answer]
+    assert objective.record.report.loss is answer.loss
+    assert float(objective.record.num_gradients) == 2  # The one inside as well.
 
 
 def test_the_ascent_sees_the_same_masks_and_scale():
@@ -294,12 +313,12 @@ def test_through_keeps_frozen_weights_and_scale(float64):
 
 
 def test_through_returns_what_comes_beside_the_loss_at_the_end_of_the_ascent():
-    objective = Objective.with_aux(lambda w: (ops.sum(w[0] ** 2), w[0]))
+    objective = Objective.with_aux(lambda w, batch: (ops.sum(w[0] ** 2), w[0]))
     objective.through(ascent_by(0.5), [vector(1.0)])
-    assert float(ops.stop_gradient(objective.aux)[0]) == 2.0
+    assert float(ops.stop_gradient(objective.record.report.aux)[0]) == 2.0
 
 
 def test_not_finite_where_the_ascent_is_not():
     objective = Objective(lambda w: ops.sum(ops.sqrt(w[0])))
     objective.through(ascent_by(0.1), [vector(0.0)])
-    assert not bool(objective.finite)
+    assert not bool(objective.is_finite([]))

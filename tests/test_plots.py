@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from keras_sharp import RhoRange, plots
-from keras_sharp.curvature import SpectralDensity
-from keras_sharp.landscape import Line, Plane
+from keras_sharp.curvature import PerLayer, SpectralDensity
+from keras_sharp.landscape import Line, PathPlane, Plane
 
 plt = pytest.importorskip("matplotlib.pyplot")
 
@@ -22,6 +22,12 @@ HESSIAN = {
 DENSITY = SpectralDensity(np.array([-1.0, 0.0, 9.0]), np.array([0.1, 0.8, 0.1]), 3)
 LINE = Line(np.array([-1.0, 0.0, 1.0]), np.array([4.0, 1.0, 3.0]))
 PLANE = Plane(np.array([-1.0, 0.0]), np.array([0.0, 1.0]), np.array([[1.0, 2.0], [3.0, 4.0]]))
+
+
+LAYERS = PerLayer(
+    *(("first", "last"), np.array([6, 3]), np.array([2.0, 4.0]), np.array([0.1, 0.2])),
+    *(np.array([3.0, -1.0]), np.array([0.3, 0.1]), 130),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +126,25 @@ def test_densities_lie_over_each_other_on_a_logarithmic_scale():
     assert len(plots.spectral_density(DENSITY).axes) == 1
 
 
+def bars(panel):
+    """The lengths of the bars of a panel, from the top to the bottom."""
+    found = sorted(panel.patches, key=lambda bar: -bar.get_window_extent().y0)
+    return [bar.get_width() for bar in found]
+
+
+def test_layers_have_bars_side_by_side():
+    left, right = plots.per_layer(LAYERS).axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["first", "last"]
+    assert bars(left) == [2, 4]
+    assert bars(right) == [3, -1]
+    assert left.get_legend() is None
+    other = LAYERS._replace(names=("last", "more"), lambda_max=np.array([5.0, 6.0]))
+    left, right = plots.per_layer({"sgd": LAYERS, "sam": other}).axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["first", "last", "more"]
+    assert bars(left) == [2, 4, 5, 6]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["sgd", "sam"]
+
+
 def test_a_line_and_lines():
     (panel,) = plots.landscape(LINE).axes
     assert [line.get_xydata().tolist() for line in panel.get_lines()] == [[[-1, 4], [0, 1], [1, 3]]]
@@ -143,6 +168,22 @@ def test_planes_stand_side_by_side_with_a_common_scale():
     assert len(plots.landscape(holes, log=False).axes) == 2
 
 
+def test_paths_lie_in_their_plane_from_a_circle_to_a_star():
+    paths = {"sgd": np.array([[-1.0, 0.0], [-0.5, 1.0], [0.0, 0.0]]), "sam": np.zeros((2, 2))}
+    plane = PathPlane(*PLANE, paths, np.array([0.831, 0.1]))
+    panel, _ = plots.landscape(plane).axes
+    assert drawn(panel)["sgd"] == paths["sgd"].tolist()
+    markers = {line.get_marker(): line.get_xydata().tolist() for line in panel.get_lines()[:3]}
+    assert markers == {".": paths["sgd"].tolist(), "o": [[-1, 0]], "*": [[0, 0]]}
+    assert panel.get_xlabel() == "first direction, 83% of the variance"
+    assert panel.get_ylabel() == "second direction, 10% of the variance"
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["sgd", "sam"]
+    alone = plane._replace(paths={"path": paths["sgd"]})
+    left, right, _ = plots.landscape({"one": alone, "other": PLANE}).axes
+    assert left.get_legend() is None
+    assert [line.get_marker() for line in right.get_lines()] == ["+"]
+
+
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(
         ValueError, match=r"no logs to draw.*\['losss'\].*Expected some of \['loss'"
@@ -155,6 +196,8 @@ def test_what_cannot_be_drawn_is_refused():
         plots.eigenvalue_history({"epoch": [], "hessian_lambda_1": []})
     with pytest.raises(ValueError, match="no eigenvalues to draw"):
         plots.eigenvalue_history({"sgd": LOGS})
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.per_layer({})
     with pytest.raises(ValueError, match="Lines and planes are drawn apart"):
         plots.landscape({"a": LINE, "b": PLANE})
     with pytest.raises(ValueError, match="no loss in these slices is finite"):
@@ -168,6 +211,7 @@ def test_what_cannot_be_drawn_is_refused():
         lambda: plots.eigenvalue_history(HESSIAN),
         lambda: plots.spectral_density(DENSITY),
         lambda: plots.landscape(LINE),
+        lambda: plots.per_layer(LAYERS),
     ],
 )
 def test_without_matplotlib_the_error_says_what_to_install(draw, monkeypatch):

@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from tests import features
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -65,6 +67,28 @@ def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
             continue
         # An error points to its line on the page.
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+
+
+def test_the_table_of_what_works_has_every_feature():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = features.TABLE.search(text)[0].splitlines()[3:-1]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [feature for feature, *_ in cells] == list(features.FEATURES)
+    for feature, *counts in cells:
+        assert any(count != "-" for count in counts), feature
+
+
+def test_the_tables_of_the_methods_are_those_of_their_classes():
+    path = ROOT / "docs" / "tables.py"
+    spec = importlib.util.spec_from_file_location("tables", path)
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    found = 0
+    for page in tables.PAGES:
+        text = page.read_text(encoding="utf-8")
+        found += len(re.findall("<!-- classes: ", text))
+        assert tables.fill(text) == text, f"{page} is not up to date: python docs/tables.py"
+    assert found == len(tables.TABLES)
 
 
 def test_readme_has_code_to_run():

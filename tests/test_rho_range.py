@@ -146,6 +146,19 @@ def test_where_no_rho_is_cheap_a_warning_says_so():
         assert _recommend(rho, np.full(3, math.nan), 1.0, 0.1) == 0
 
 
+def test_where_the_loss_hardly_falls_no_rho_is_recommended():
+    rho, losses = np.array([0.0, 0.01, 0.1]), np.array([0.995, 0.991, 0.993])
+    with pytest.warns(
+        UserWarning, match=r"hardly falls, from 1 to 0\.991 .*more to learn"
+    ) as caught:
+        assert _recommend(rho, losses, 1.0, 0.1) == 0
+    assert str(caught[0].message).endswith("from weights that have more to learn.")
+    with pytest.warns(UserWarning, match="hardly falls, from -2 to"):
+        assert _recommend(rho, losses - 3, -2.0, 0.1) == 0  # Losses may be negative.
+    with pytest.warns(UserWarning, match="largest rho"):
+        assert _recommend(rho, losses - 0.005, 1.0, 1.0) == 0.1  # It falls by 1.4 %.
+
+
 def test_where_all_rhos_are_cheap_a_warning_says_that_the_range_ends_too_early():
     rho, losses = np.array([0.0, 0.01, 0.1]), np.array([1.0, 0.9, 0.95])
     with pytest.warns(UserWarning, match=r"largest rho of the test, 0\.1, .*larger `rhos`"):

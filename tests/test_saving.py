@@ -13,13 +13,9 @@ from keras import layers, ops
 
 from keras_sharp import SharpnessAwareModel, callbacks, methods, saving, schedules
 from tests import models
-from tests.models import BACKEND, assert_close, assert_same
+from tests.models import BACKEND, assert_close, assert_same, variant
 
 FIT = {"batch_size": 4, "shuffle": False, "verbose": 0}
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def batchnorm_net(dropout_seed=None):
@@ -56,7 +52,8 @@ class Remembers(methods.SAM):
     def initial_state(self, variables):
         return [np.zeros(v.shape, "float32") for v in variables]
 
-    def step(self, objective, w, g, state, rho):
+    def step(self, objective, w, state, rho):
+        g = objective(w).gradient
         state = [0.9 * s + 0.1 * ops.convert_to_tensor(d) for s, d in zip(state, g, strict=True)]
         return self.direction(objective, w, state, rho), state
 
@@ -107,7 +104,7 @@ def assert_equal_training(one, other):
 # Trained, saved, loaded, trained on
 
 
-@pytest.mark.parametrize("method", ["gsam", "remembers", slow("sam"), slow("bsam")])
+@pytest.mark.parametrize("method", ["gsam", "remembers", variant("sam"), variant("bsam")])
 def test_ten_steps_equal_five_steps_a_file_and_five_more(method, tmp_path):
     straight = make(method, extra_logs="skipped_steps")
     expected = train(straight, epochs=2)
@@ -141,7 +138,7 @@ def test_dropout_goes_on_with_the_masks_that_would_have_come(tmp_path):
     assert_equal_training(broken, straight)
 
 
-@pytest.mark.parametrize("method", ["gsam", slow("remembers")])
+@pytest.mark.parametrize("method", ["gsam", variant("remembers")])
 def test_weights_files_hold_the_whole_state(method, tmp_path):
     one, other = make(method), make(method)
     train(one)
@@ -163,7 +160,7 @@ class Interrupt(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", ["gsam", slow("sam"), slow("remembers")])
+@pytest.mark.parametrize("method", ["gsam", variant("sam"), variant("remembers")])
 def test_backup_and_restore_goes_on_after_an_interruption(method, tmp_path):
     def wrap():  # With an average of the weights, which fit puts in their place at its end.
         return make(method, adam(use_ema=True, ema_momentum=0.9))
@@ -238,7 +235,7 @@ def switch(method):
 
 @AS_WRITTEN
 @pytest.mark.parametrize(
-    "second", ["asam", "not_registered", *map(slow, ("gsam", "plain", "remembers"))]
+    "second", ["asam", "not_registered", *map(variant, ("gsam", "plain", "remembers"))]
 )
 def test_a_run_that_is_resumed_has_the_method_that_it_had(second, tmp_path):
     straight, again, expected, logs = resumed(switch(SWITCHES[second]), (2, 0), tmp_path)
@@ -247,7 +244,7 @@ def test_a_run_that_is_resumed_has_the_method_that_it_had(second, tmp_path):
     assert logs["loss"] == expected["loss"][2:]
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch is eager in any case")
+@models.on("tensorflow", "jax")  # PyTorch is eager in any case.
 def test_a_compiled_run_that_is_resumed_has_the_method_that_it_had(tmp_path):
     straight, again, _, _ = resumed(switch(SWITCHES["asam"]), (2, 0), tmp_path)
     assert type(again.method) is methods.ASAM
@@ -266,8 +263,8 @@ def test_an_epoch_that_was_broken_off_is_not_switched_again(tmp_path):
         def initial_state(self, variables):
             return [np.zeros((), "float32")]
 
-        def step(self, objective, w, g, state, rho):
-            return g, [state[0] + 1]
+        def step(self, objective, w, state, rho):
+            return objective(w).gradient, [state[0] + 1]
 
     _, again, _, logs = resumed(switch(Counts), (1, 2), tmp_path, save_freq=1)
     assert len(logs["loss"]) == 2
@@ -288,7 +285,7 @@ def test_a_scheduled_rho_goes_on_from_where_it_was(save_freq, tmp_path):
 
 
 @AS_WRITTEN
-@pytest.mark.parametrize("fresh", [True, slow(False)])
+@pytest.mark.parametrize("fresh", [True, variant(False)])
 def test_a_weights_file_brings_its_method(fresh, tmp_path):
     one = make("gsam")
     train(one)
@@ -346,7 +343,7 @@ def test_a_function_of_the_step_is_the_one_of_the_script(tmp_path):
     [
         (lambda: Mine(), "no registered class 'Mine'"),
         (lambda: methods.SAM(rho=lambda step: 0.1), "a lambda is not registered"),
-        (lambda: methods.SAM(rho=slow), "the function 'slow' is not registered"),
+        (lambda: methods.SAM(rho=values_of), "the function 'values_of' is not registered"),
         (lambda: methods.SAM(rho=NoConfig()), "its `get_config` failed"),
     ],
     ids=["class", "lambda", "function", "no_config"],
@@ -459,7 +456,7 @@ BUILT_BY_HAND = {
 
 @AS_WRITTEN
 @pytest.mark.parametrize("kind", BUILT_BY_HAND)
-@pytest.mark.parametrize("method", ["sam", slow("remembers")])
+@pytest.mark.parametrize("method", ["sam", variant("remembers")])
 def test_a_model_that_is_built_by_hand_loads(kind, method, tmp_path):
     """As KerasTuner does with the best model."""
 

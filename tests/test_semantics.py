@@ -19,7 +19,7 @@ from tests.models import BACKEND, assert_close, assert_same, twins, values
 
 THREE = ["sam", "gsam", "bsam"]
 #: Where the way from a gradient to the direction makes little difference.
-SAM_AND_SLOW = ["sam", *(pytest.param(m, marks=pytest.mark.slow) for m in ("gsam", "bsam"))]
+SAM_AND_SLOW = ["sam", *map(models.variant, ("gsam", "bsam"))]
 
 #: What is run compiled in the quick tests as well, in place of the fixture's two modes.
 COMPILED = pytest.mark.parametrize("mode", ["compiled"], indirect=True)

@@ -197,6 +197,14 @@ def test_norm_of_zero_is_zero(how):
 
 
 @BOTH_WAYS
+def test_norm_of_a_zero_that_the_compiler_knows_is_zero(how):
+    """The gradient by a weight that the loss does not depend on, on JAX."""
+    known = [ops.zeros((2,)), ops.zeros((3, 1))]
+    assert run(how, lambda x: vectors.norm([*known, *x]), tensors([0.0])) == 0
+    assert run(how, lambda: vectors.norm(known)) == 0
+
+
+@BOTH_WAYS
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_norm_of_what_is_not_finite_is_not_finite(poison, how):
     """On this the check of every gradient rests."""

@@ -14,8 +14,9 @@ from keras import layers, ops
 
 import keras_sharp
 from keras_sharp import engine, vectors
-from keras_sharp.objective import Objective, TrainingLoss
+from keras_sharp.objective import Objective
 from keras_sharp.surface import LossSurface
+from keras_sharp.training.loss import TrainingLoss
 from tests import models, zoo
 from tests.models import BACKEND
 

@@ -5,6 +5,7 @@ from keras_sharp.callbacks.hessian_probe import HessianProbe
 from keras_sharp.callbacks.rho_scheduler import RhoScheduler
 from keras_sharp.callbacks.sharpness_probe import SharpnessProbe
 from keras_sharp.callbacks.switch_method import SwitchMethod
+from keras_sharp.callbacks.weight_path import WeightPath
 
 __all__ = [
     "AtomicBackupAndRestore",
@@ -12,4 +13,5 @@ __all__ = [
     "RhoScheduler",
     "SharpnessProbe",
     "SwitchMethod",
+    "WeightPath",
 ]

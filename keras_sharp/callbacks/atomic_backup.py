@@ -7,6 +7,7 @@ import warnings
 import keras
 
 from keras_sharp import engine
+from keras_sharp.identifiers import check_boolean
 
 _NAME = "backup-{number:06d}-epoch-{epoch:06d}.weights.h5"
 _PATTERN = re.compile(r"backup-(\d+)-epoch-(\d+)\.weights\.h5")
@@ -79,12 +80,8 @@ class AtomicBackupAndRestore(keras.callbacks.Callback):
                 "`save_freq` must be 'epoch' or a number of batches, an integer >= 1. Received: "
                 f"save_freq={save_freq!r}"
             )
-        for name, value in (
-            ("double_checkpoint", double_checkpoint),
-            ("delete_checkpoint", delete_checkpoint),
-        ):
-            if not isinstance(value, bool):
-                raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
+        check_boolean("double_checkpoint", double_checkpoint)
+        check_boolean("delete_checkpoint", delete_checkpoint)
         self.backup_dir = os.fspath(backup_dir)
         self.save_freq = save_freq
         self.double_checkpoint = double_checkpoint

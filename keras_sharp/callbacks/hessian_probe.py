@@ -9,8 +9,11 @@ import numpy as np
 
 from keras_sharp import curvature, plots
 from keras_sharp.callbacks.probe import Probe
+from keras_sharp.docstrings import filled_in
+from keras_sharp.identifiers import check_boolean, check_count
 
 
+@filled_in(curvature.HessianOperator)
 class HessianProbe(Probe):
     """Measures at the end of each epoch the largest eigenvalues of the Hessian.
 
@@ -24,9 +27,11 @@ class HessianProbe(Probe):
     model, wrapped or not. Nothing that the callback does changes the training.
 
     Args:
-        x: the inputs to measure on, a fixed sample of the training data: see
-            `keras_sharp.curvature.HessianOperator`. A few hundred examples
-            tell the large eigenvalues well.
+        x: the inputs to measure on, a fixed sample of the training data: an
+            array or a nested structure of arrays; or all the data, as a
+            `tf.data.Dataset`, a `keras.utils.PyDataset` or a
+            `torch.utils.data.DataLoader`. A few hundred examples tell the
+            large eigenvalues well.
         y: the targets, likewise.
         sample_weight: the weights of the examples, likewise.
         k: Integer >= 1, how many eigenvalues. Defaults to `5`.
@@ -36,6 +41,10 @@ class HessianProbe(Probe):
             products. Defaults to `False`.
         density: Boolean, whether to keep, in `history["density"]`, a
             `SpectralDensity` for each look, from 40 products. Defaults to
+            `False`.
+        per_layer: Boolean, whether to keep, in `history["per_layer"]`, a
+            `PerLayer` for each look: the curvature of each layer by itself,
+            from 100 products and some twenty for each layer. Defaults to
             `False`.
         verbose: Integer. `0` is quiet, `1` prints the numbers. Defaults to
             `0`.
@@ -82,17 +91,17 @@ class HessianProbe(Probe):
         every=1,
         trace=False,
         density=False,
+        per_layer=False,
         verbose=0,
         log_dir=None,
         **kwargs,
     ):
         super().__init__((x, y, sample_weight), every, verbose)
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"`k` must be an integer >= 1. Received: k={k!r}")
-        for name, value in (("trace", trace), ("density", density)):
-            if not isinstance(value, bool):
-                raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
-        self.k, self.trace, self.density = k, trace, density
+        check_count("k", k, at_least=1)
+        check_boolean("trace", trace)
+        check_boolean("density", density)
+        check_boolean("per_layer", per_layer)
+        self.k, self.trace, self.density, self.per_layer = k, trace, density, per_layer
         self.log_dir = log_dir
         self.options = kwargs
         self.names = [f"hessian_lambda_{i + 1}" for i in range(k)]
@@ -111,6 +120,8 @@ class HessianProbe(Probe):
         self.history["certificate"] = []
         if self.density:
             self.history["density"] = []
+        if self.per_layer:
+            self.history["per_layer"] = []
         if self.log_dir is not None:
             self._summary = _summary_module()
             self._writer = self._summary.create_file_writer(os.path.join(self.log_dir, "spectra"))
@@ -131,6 +142,9 @@ class HessianProbe(Probe):
         if self.density:
             density = curvature.spectral_density(self._hessian, verbose=0)
             self.history["density"].append(density)
+        if self.per_layer:
+            found = curvature.per_layer(self._hessian, verbose=0)
+            self.history["per_layer"].append(found)
         return dict(zip(self.names, numbers, strict=True))
 
     def on_epoch_end(self, epoch, logs=None):

@@ -6,6 +6,8 @@ import warnings
 import keras
 
 from keras_sharp import engine
+from keras_sharp.delegation import unwrapped
+from keras_sharp.identifiers import check_count
 from keras_sharp.preprocessing import preprocess_data
 
 
@@ -25,8 +27,7 @@ class Probe(keras.callbacks.Callback):
 
     def __init__(self, data, every, verbose):
         super().__init__()
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"`every` must be an integer >= 1. Received: every={every!r}")
+        check_count("every", every, at_least=1)
         self.data = data
         self.every = every
         self.verbose = verbose
@@ -51,8 +52,7 @@ class Probe(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self.history = {"epoch": [], **{name: [] for name in self.names}}
         if not self.model.built:  # On TensorFlow, `fit` builds a model in the first step.
-            model = self.model.model if isinstance(self.model, engine.Trainer) else self.model
-            x, y, sample_weight = preprocess_data(model, self.data)
+            x, y, sample_weight = preprocess_data(unwrapped(self.model), self.data)
             for batch in engine.data_adapter(x, y, sample_weight, 1).get_numpy_iterator():
                 engine.build_symbolically(self.model, keras.utils.unpack_x_y_sample_weight(batch))
                 break

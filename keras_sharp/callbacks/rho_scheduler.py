@@ -1,5 +1,7 @@
 """A number of the method that changes from epoch to epoch."""
 
+import math
+
 import keras
 from keras import ops
 
@@ -14,9 +16,10 @@ class RhoScheduler(keras.callbacks.Callback):
     As `keras.callbacks.LearningRateScheduler` does for the learning rate. At
     the end of each epoch the value is written into the logs. For a number
     that changes from step to step give the method a schedule instead, see
-    `keras_sharp.schedules`. Epochs of plain training are passed over. In
-    training that goes on from a checkpoint, the value is the one that was
-    saved; an epoch that was broken off and begins again is not scheduled twice.
+    `keras_sharp.schedules`. Epochs of plain training are passed over; in
+    their logs, a number other than rho is NaN. In training that goes on from
+    a checkpoint, the value is the one that was saved; an epoch that was broken
+    off and begins again is not scheduled twice.
 
     Args:
         schedule: a function of the epoch (an integer, from 0 up) and the
@@ -76,8 +79,12 @@ class RhoScheduler(keras.callbacks.Callback):
             print(f"\nEpoch {epoch + 1}: RhoScheduler setting {self.name} to {self._value():g}.")
 
     def on_epoch_end(self, epoch, logs=None):
-        if logs is not None and not isinstance(self.model.method, Plain):
+        if logs is None:
+            return
+        if not isinstance(self.model.method, Plain):
             logs[self.name] = self._value()
+        elif self.name != "rho":  # Which `SwitchMethod` has logged.
+            logs[self.name] = math.nan
 
     def _value(self):
         return float(ops.convert_to_numpy(getattr(self.model.method, self.name)))

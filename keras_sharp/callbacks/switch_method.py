@@ -22,6 +22,9 @@ class SwitchMethod(keras.callbacks.Callback):
     takes the highest rate since its method began, unless it was given
     `max_learning_rate`. List this callback before a `RhoScheduler`.
 
+    Each log has one entry per epoch: `"rho"` is 0 in epochs of plain training,
+    and logs that tell of an adversary are NaN there.
+
     Args:
         schedule: a dictionary. Each key is the epoch (an integer, from 0 up)
             at whose start the method is set; the value is what
@@ -76,6 +79,8 @@ class SwitchMethod(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         check_wrapped(self)
+        trained_with = (self.model.method, *self.schedule.values())
+        self._logs_rho = any("rho" in method.settings for method in trained_with)
 
     def on_epoch_begin(self, epoch, logs=None):
         if epoch not in self.schedule or is_done(self.model, "method", epoch):
@@ -84,3 +89,7 @@ class SwitchMethod(keras.callbacks.Callback):
         if self.verbose > 0:
             name = type(self.schedule[epoch]).__name__
             print(f"\nEpoch {epoch + 1}: SwitchMethod setting the method to {name}.")
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is not None and self._logs_rho:
+            logs.setdefault("rho", 0.0)

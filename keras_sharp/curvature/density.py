@@ -5,8 +5,11 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_sharp.curvature.certificate import Certificate
+from keras_sharp.curvature.estimates import trace
 from keras_sharp.curvature.lanczos import Lanczos
-from keras_sharp.curvature.products import Products, check_count
+from keras_sharp.curvature.products import Products
+from keras_sharp.docstrings import filled_in
+from keras_sharp.identifiers import check_count
 
 
 class _SpectralDensity(NamedTuple):
@@ -65,6 +68,7 @@ class SpectralDensity(_SpectralDensity):
         return sigma
 
 
+@filled_in(trace)
 def spectral_density(
     model,
     x=None,
@@ -97,7 +101,7 @@ def spectral_density(
             for a network with many weights. Defaults to `1`.
         seed: see `trace`.
         verbose: see `trace`.
-        **kwargs: see `trace`.
+        **kwargs: `batch_size`, `variables` and `certify`, see `trace`.
 
     Returns:
         A `SpectralDensity`; `density()` smooths it for a plot.

@@ -7,7 +7,10 @@ import numpy as np
 
 from keras_sharp.curvature.certificate import Certificate
 from keras_sharp.curvature.lanczos import Lanczos
-from keras_sharp.curvature.products import Products, check_count
+from keras_sharp.curvature.operators import HessianOperator
+from keras_sharp.curvature.products import Products
+from keras_sharp.docstrings import filled_in
+from keras_sharp.identifiers import check_count
 
 #: The names of the ends of the spectrum, as in SciPy's `eigsh`.
 WHICH = ["LA", "SA", "LM", "BE"]
@@ -66,6 +69,7 @@ class Eigenvalues(_Eigenvalues):
     certificate: Certificate | None = None
 
 
+@filled_in(HessianOperator)
 def eigenvalues(
     model,
     x=None,
@@ -94,9 +98,9 @@ def eigenvalues(
         model: a compiled and built `keras.Model`, wrapped or not. Or an
             operator instead of model and data: a `HessianOperator`, a
             `GaussNewtonOperator` or any object with `size` and `matvec`.
-        x: the data, see `HessianOperator`.
-        y: the targets, likewise.
-        sample_weight: the weights of the examples, likewise.
+        x: see `HessianOperator`.
+        y: see `HessianOperator`.
+        sample_weight: see `HessianOperator`.
         k: Integer >= 1, how many eigenvalues. Defaults to `5`.
         which: `"LA"`, the largest; `"SA"`, the smallest, which may be
             negative; `"LM"`, the largest in absolute value; or `"BE"`, half
@@ -120,7 +124,7 @@ def eigenvalues(
         rounding hides what was asked for.
 
     Raises:
-        ValueError: as `HessianOperator`, or if an argument is not one of
+        ValueError: see `HessianOperator`; or if an argument is not one of
             these, such as a `k` that is larger than the number of weights.
 
     Example:
@@ -234,6 +238,7 @@ def _warn(values, residuals, limits, dtype, max_products):
         )
 
 
+@filled_in(eigenvalues)
 def sharpness_ratio(model, x=None, y=None, sample_weight=None, *, k=5, tol=1e-2, **kwargs):
     """The largest eigenvalue of the Hessian over the fifth largest.
 
@@ -249,8 +254,8 @@ def sharpness_ratio(model, x=None, y=None, sample_weight=None, *, k=5, tol=1e-2,
         k: Integer >= 2, the eigenvalue to compare with. Defaults to `5`.
         tol: Float >= 0, the sum of the residuals of the two eigenvalues to
             stop at, each relative to its own. Defaults to `1e-2`.
-        **kwargs: `max_products`, `seed` and `verbose`, see `eigenvalues`;
-            `batch_size`, `variables` and `certify`, see `HessianOperator`.
+        **kwargs: `max_products`, `seed`, `verbose`, `batch_size`, `variables`
+            and `certify`, see `eigenvalues`.
 
     Returns:
         Float. The same warnings as of `eigenvalues`.

@@ -5,7 +5,10 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_sharp.curvature.certificate import Certificate
-from keras_sharp.curvature.products import Products, check_count
+from keras_sharp.curvature.operators import HessianOperator
+from keras_sharp.curvature.products import Products
+from keras_sharp.docstrings import filled_in
+from keras_sharp.identifiers import check_count
 
 
 class _Estimate(NamedTuple):
@@ -30,6 +33,7 @@ class Estimate(_Estimate):
     certificate: Certificate | None = None
 
 
+@filled_in(HessianOperator)
 def trace(
     model,
     x=None,
@@ -55,9 +59,9 @@ def trace(
         model: a compiled and built `keras.Model`, wrapped or not. Or an
             operator instead of model and data: a `HessianOperator`, a
             `GaussNewtonOperator` or any object with `size` and `matvec`.
-        x: the data, see `HessianOperator`.
-        y: the targets, likewise.
-        sample_weight: the weights of the examples, likewise.
+        x: see `HessianOperator`.
+        y: see `HessianOperator`.
+        sample_weight: see `HessianOperator`.
         num_products: Integer >= 2, the number of random vectors, and of
             products. Defaults to `100`.
         seed: Integer, the seed of the random vectors. Defaults to `0`.
@@ -70,7 +74,7 @@ def trace(
         An `Estimate`.
 
     Raises:
-        ValueError: as `HessianOperator`, or if an argument is not one of
+        ValueError: see `HessianOperator`; or if an argument is not one of
             these.
 
     Example:
@@ -90,12 +94,13 @@ def trace(
         rng = np.random.default_rng(seed)
         samples = []
         for _ in range(num_products):
-            v = _signs(rng, operator)
+            v = random_signs(rng, operator)
             samples.append(_dot(v, operator.matvec(v)))
-    mean, standard_error = _mean(samples)
+    mean, standard_error = mean_and_error(samples)
     return operator.certified(Estimate(mean, standard_error, operator.count))
 
 
+@filled_in(trace)
 def hutch_plus_plus(
     model,
     x=None,
@@ -129,7 +134,7 @@ def hutch_plus_plus(
             Defaults to `99`.
         seed: see `trace`.
         verbose: see `trace`.
-        **kwargs: see `trace`.
+        **kwargs: `batch_size`, `variables` and `certify`, see `trace`.
 
     Returns:
         An `Estimate`, with the standard error of the second term: the first
@@ -145,18 +150,19 @@ def hutch_plus_plus(
     data, count = (x, y, sample_weight), num_products // 3
     with Products(model, data, kwargs, 3 * count, verbose) as operator:
         rng = np.random.default_rng(seed)
-        columns = [operator.matvec(_signs(rng, operator)) for _ in range(count)]
+        columns = [operator.matvec(random_signs(rng, operator)) for _ in range(count)]
         q, _ = np.linalg.qr(np.stack(columns, axis=1))
         exact = sum(_dot(column, operator.matvec(column)) for column in q.T)
         samples = []
         for _ in range(count):
-            g = _signs(rng, operator)
+            g = random_signs(rng, operator)
             g = g - q @ (q.T @ g)
             samples.append(_dot(g, operator.matvec(g)))
-    rest, standard_error = _mean(samples)
+    rest, standard_error = mean_and_error(samples)
     return operator.certified(Estimate(exact + rest, standard_error, operator.count))
 
 
+@filled_in(trace)
 def frobenius_norm(
     model,
     x=None,
@@ -182,7 +188,7 @@ def frobenius_norm(
         num_products: see `trace`.
         seed: see `trace`.
         verbose: see `trace`.
-        **kwargs: see `trace`.
+        **kwargs: `batch_size`, `variables` and `certify`, see `trace`.
 
     Returns:
         An `Estimate`.
@@ -194,15 +200,16 @@ def frobenius_norm(
     data = (x, y, sample_weight)
     with Products(model, data, kwargs, num_products, verbose) as operator:
         rng = np.random.default_rng(seed)
-        products = [operator.matvec(_signs(rng, operator)) for _ in range(num_products)]
-    squared, error = _mean([_dot(p, p) for p in products])
+        products = [operator.matvec(random_signs(rng, operator)) for _ in range(num_products)]
+    squared, error = mean_and_error([_dot(p, p) for p in products])
     norm = float(np.sqrt(squared))
     # The derivative of the root hands the error on.
     standard_error = error / (2 * norm) if norm else 0.0
     return operator.certified(Estimate(norm, standard_error, operator.count))
 
 
-def _signs(rng, operator):
+def random_signs(rng, operator):
+    """A vector with random entries of +1 and -1, for products with the operator."""
     return rng.choice([-1.0, 1.0], operator.size).astype(operator.dtype)
 
 
@@ -210,6 +217,6 @@ def _dot(u, v):
     return float(u.astype("float64") @ v.astype("float64"))
 
 
-def _mean(samples):
+def mean_and_error(samples):
     """The mean of the samples, and its standard error."""
     return float(np.mean(samples)), float(np.std(samples, ddof=1) / np.sqrt(len(samples)))

@@ -10,6 +10,8 @@ from keras import ops
 from keras_sharp import engine, vectors
 from keras_sharp.curvature.certificate import certify as certify_product
 from keras_sharp.curvature.certificate import few_examples
+from keras_sharp.docstrings import filled_in
+from keras_sharp.identifiers import check_boolean
 from keras_sharp.surface import LossSurface
 
 
@@ -26,15 +28,16 @@ class _Operator:
         y=None,
         sample_weight=None,
         *,
-        batch_size=512,
+        batch_size=256,
         variables=None,
         certify=True,
     ):
-        if not isinstance(certify, bool):
-            raise ValueError(f"`certify` must be True or False. Received: certify={certify!r}")
+        check_boolean("certify", certify)
         self._surface = LossSurface(
             model, x, y, sample_weight, batch_size=batch_size, variables=variables
         )
+        #: The model whose loss it is, without a wrapper.
+        self.model = self._surface.model
         #: The variables of the model that the rows and columns stand for, in this order.
         self.variables = self._surface.variables
         #: How many products have been taken so far.
@@ -190,7 +193,7 @@ class HessianOperator(_Operator):
     the number of examples saves memory. The result is the same.
 
     On several devices, the data are those of all of them, with one message per
-    product: see `docs/scaling.md`.
+    product.
 
     With each `refresh`, and when it is made, the operator compares products
     with differences of gradients, see `Certificate`: the derivative of a
@@ -209,7 +212,7 @@ class HessianOperator(_Operator):
         y: the targets, likewise. Defaults to `None`: none, or those in `x`.
         sample_weight: the weights of the examples, likewise.
         batch_size: Integer, how many examples of an array are evaluated at
-            once. Defaults to `512`. A data set comes in batches of its own.
+            once. Defaults to `256`. A data set comes in batches of its own.
         variables: list of trainable variables, the block of the Hessian to
             take, such as `model.layers[0].trainable_variables`. Defaults to
             `None`, all of them.
@@ -248,6 +251,7 @@ class HessianOperator(_Operator):
         return engine.hessian, [loss], gradient
 
 
+@filled_in(HessianOperator)
 class GaussNewtonOperator(_Operator):
     """The Gauss-Newton matrix of the loss over fixed data, `J' H J`.
 
@@ -273,7 +277,7 @@ class GaussNewtonOperator(_Operator):
         certify: see `HessianOperator`.
 
     Raises:
-        ValueError: as `HessianOperator`, and if the loss depends on more than
+        ValueError: see `HessianOperator`; and if the loss depends on more than
             the outputs.
 
     References:

@@ -34,7 +34,8 @@ class Products:
                 f"{type(model).__name__}, and data or options {sorted(options)} as well. Pass the "
                 "operator alone, or a model and its data."
             )
-        self._operator = model
+        #: The operator itself, whose products are not counted.
+        self.source = model
         self.size = model.size
         self.dtype = np.dtype(getattr(model, "dtype", "float64"))
         #: How many products have been taken.
@@ -46,7 +47,7 @@ class Products:
 
     def matvec(self, v):
         """The product with a vector."""
-        result = self._operator.matvec(v)
+        result = self.source.matvec(v)
         self.count += 1
         late = time.monotonic() - self._start > LONG
         if self._verbose == 1 or (self._verbose == "auto" and late):
@@ -54,9 +55,13 @@ class Products:
             self._bar.update(self.count, finalize=False)
         return result
 
+    def expect(self, products):
+        """Say anew how many products there will be, or fewer."""
+        self._bar.target = products
+
     def certified(self, result):
         """A result, with the certificate of the operator as its attribute `certificate`."""
-        result.certificate = getattr(self._operator, "certificate", None)
+        result.certificate = getattr(self.source, "certificate", None)
         return result
 
     def __enter__(self):
@@ -65,9 +70,3 @@ class Products:
     def __exit__(self, *exception):
         if self._shown:
             self._bar.update(self.count, finalize=True)
-
-
-def check_count(name, value, at_least):
-    """Refuse a number of something that is not an integer of some size."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
-        raise ValueError(f"`{name}` must be an integer >= {at_least}. Received: {name}={value!r}")

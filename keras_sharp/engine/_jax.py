@@ -58,9 +58,24 @@ def linearized(matrix, *fns):
     return lambda w, *args: functools.partial(finish, start(w, *args))
 
 
+def is_known(condition):
+    """Whether a condition has a value, and is not being traced."""
+    return not isinstance(condition, jax.core.Tracer)
+
+
 def cond(condition, if_true, if_false):
     """The value of one of two functions without arguments."""
+    if is_known(condition):  # Without compiling both, which `lax.cond` does.
+        return if_true() if condition else if_false()
+    if jax.default_backend() == "cpu":
+        # Here, because it imports more of JAX than is there already.
+        from keras_sharp.engine._jax_convolutions import with_fast_convolutions
+
+        if_true, if_false = with_fast_convolutions(if_true), with_fast_convolutions(if_false)
     return jax.lax.cond(condition, if_true, if_false)
+
+
+cond_of_all = cond
 
 
 def run_either(condition, if_true, if_false, variables):
@@ -196,6 +211,23 @@ def average_replicas(fn, carried, batch):
     )(batch)
 
 
+largest_of_batch = _micro_batches.largest_of_batch
+
+
+def part_of_batch(batch, share):
+    """The first examples of a batch, as many as this share of all, and one at least.
+
+    On several devices, those of each device.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or _on_replica.get():
+        return _micro_batches.part_of_batch(batch, share)
+    devices = distribution.device_mesh.backend_mesh.shape[distribution.batch_dim_name]
+    split = map_present(lambda t: t.reshape((devices, -1, *t.shape[1:])), batch)
+    part = _micro_batches.part_of_batch(split, share, axis=1)
+    return map_present(lambda t: t.reshape((-1, *t.shape[2:])), part)
+
+
 def average_micro_batches(fn, carried, batch, num_micro_batches):
     """Run `fn` on equal parts of a batch: see `_micro_batches.py`.
 
@@ -295,68 +327,3 @@ def own_random_numbers(model):
 def check_layers(model):
     """Refuse a model with layers that a pure function of the weights cannot reach."""
     del model  # Every trainable Keras layer works.
-
-
-class Trainer:
-    """The glue into `JAXTrainer`: state in, state out."""
-
-    model: keras.Model  # The wrapped one.
-    _survives_failed_steps = (
-        False  # Keras gives the weights to a step, which loses them if it fails.
-    )
-
-    def _divides_batches(self):
-        """Whether each replica sees its own part of a batch only."""
-        return keras.distribution.distribution() is not None and (
-            self.perturbation_scope == "replica"
-        )
-
-    def _as_in_step(self, fn):
-        """A pure function of tensors, run as the step is."""
-        return jax.jit(fn) if self.jit_compile and not self.run_eagerly else fn
-
-    def compute_loss_and_updates(
-        self,
-        trainable_variables,
-        non_trainable_variables,
-        metrics_variables,
-        x,
-        y,
-        sample_weight,
-        training=False,
-        optimizer_variables=None,
-    ):
-        # Keras runs the forward pass and the loss in two scopes, and carries
-        # the losses of the layers (`add_loss`, activity regularizers) from
-        # the one to the other on the model itself. The wrapped model, which
-        # computes the loss here, would not see them; one scope does.
-        del optimizer_variables  # Only training scales the loss; it does not come here.
-        groups = (
-            (self.trainable_variables, trainable_variables),
-            (self.non_trainable_variables, non_trainable_variables),
-            (self.metrics_variables, metrics_variables),
-        )
-        mapping = [pair for group in groups for pair in zip(*group, strict=True)]
-        with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
-            y_pred = self.model(x, training=training)
-            loss = self.compute_loss(
-                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
-            )
-        _, non_trainable, metrics = (
-            [scope.get_current_value(v) for v in variables] for variables, _ in groups
-        )
-        return loss, (loss, y_pred, non_trainable, metrics)
-
-    def train_step(self, state, data):
-        groups = (
-            self.trainable_variables,
-            self.non_trainable_variables,
-            self.optimizer.variables,
-            self.metrics_variables,
-        )
-        mapping = [
-            pair for group in zip(groups, state, strict=True) for pair in zip(*group, strict=True)
-        ]
-        with keras.StatelessScope(state_mapping=mapping) as scope:
-            logs = self.sharpness_aware_step(data)
-        return logs, tuple([scope.get_current_value(v) for v in group] for group in groups)

@@ -116,6 +116,26 @@ def build_symbolically(model, data):
     model._symbolic_build(data_batch=data)
 
 
+class _Seed(keras.random.SeedGenerator):
+    """Hands out one seed, which is a tensor: Keras takes none as it is."""
+
+    def __init__(self, seed):
+        self._seed = seed  # No variable is made, and none is advanced.
+
+    def next(self, ordered=True):
+        del ordered
+        return self._seed
+
+
+def random_uniform(shape, seed, step, draw):
+    """Random numbers in [0, 1) that three integers determine, of which two may be tensors."""
+    dtype = "uint32" if keras.backend.backend() == "jax" else "int64"
+    parts = [keras.ops.cast(number, dtype) for number in (seed, step)]
+    # PyTorch adds the two up: far apart, no draw of one step is one of another.
+    parts[0] = parts[0] + keras.ops.cast(draw * 15_485_863 % 2**30, dtype)
+    return keras.random.uniform(shape, dtype="float32", seed=_Seed(keras.ops.stack(parts)))
+
+
 def all_layers(model):
     """Every layer of a model, at any depth; `model.layers` lists the first level."""
     return list(model._flatten_layers(include_self=False))

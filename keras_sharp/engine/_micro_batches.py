@@ -25,7 +25,7 @@ def average_micro_batches(fn, carried, batch, num_micro_batches, axis=0):
         The last `carried`; the mean of `averaged` over the parts, weighted
         by their sizes; and the `outputs`, concatenated.
     """
-    size = next(t for t in keras.tree.flatten(batch) if t is not None).shape[axis]
+    size = first_tensor(batch).shape[axis]
     quotient, remainder = divmod(size, num_micro_batches)
     total, outputs, start = None, [], 0
     others = axis * (slice(None),)
@@ -38,6 +38,26 @@ def average_micro_batches(fn, carried, batch, num_micro_batches, axis=0):
         start = end
     outputs = keras.tree.map_structure(lambda *parts: ops.concatenate(parts, axis), *outputs)
     return carried, total, outputs
+
+
+def part_of_batch(batch, share, axis=0):
+    """The first examples of a batch, as many as this share of all, and one at least."""
+    size = first_tensor(batch).shape[axis]
+    others, count = axis * (slice(None),), max(1, int(share * size))
+    return map_present(lambda t: t[(*others, slice(0, count))], batch)
+
+
+def largest_of_batch(batch, values, share):
+    """The examples with the largest values, as many as this share of all, and one at least."""
+    count = max(1, int(share * values.shape[0]))
+    _, chosen = ops.top_k(values, count)
+    # Unlike `ops.take` an index goes with sparse tensors, too.
+    return map_present(lambda t: ops.convert_to_tensor(t)[chosen], batch)
+
+
+def first_tensor(batch):
+    """Some tensor of a batch, which has as many examples as all the others."""
+    return next(t for t in keras.tree.flatten(batch) if t is not None)
 
 
 def map_present(fn, structure):

@@ -1,5 +1,6 @@
 """The TensorFlow engine: `tf.GradientTape`, stateful variables, `tf.cond`."""
 
+import contextlib
 import contextvars
 import functools
 
@@ -8,16 +9,29 @@ import tensorflow as tf
 
 from keras_sharp.engine import _tensorflow_derivatives as derivatives
 from keras_sharp.engine._keras import (
-    StrategyTrainer,
-    build_symbolically,
     global_seed,
     without_reduction,
 )
-from keras_sharp.engine._micro_batches import accumulate, has_mean, map_present
+from keras_sharp.engine._micro_batches import (
+    accumulate,
+    first_tensor,
+    has_mean,
+    map_present,
+)
 
 #: What XLA will compile of the step that is being traced: "step", each of its
 #: "passes" by itself, or nothing.
 _xla: contextvars.ContextVar[str | None] = contextvars.ContextVar("_xla", default=None)
+
+
+@contextlib.contextmanager
+def compiling(what):
+    """Within, `"step"`, `"passes"` or `None` is what XLA will compile of what is traced."""
+    token = _xla.set(what)
+    try:
+        yield
+    finally:
+        _xla.reset(token)
 
 
 def value_and_gradient(fn, weights, averages=False):
@@ -121,9 +135,51 @@ def linearized(matrix, *fns):
     return lambda w, *args: matrix(*compiled_fns, w, *args)
 
 
+def is_known(condition):
+    """Whether a condition has a value, and is not being traced."""
+    return tf.executing_eagerly() and not merges_threads()
+
+
 def cond(condition, if_true, if_false):
     """The value of one of two functions without arguments."""
     return tf.cond(condition, if_true, if_false)
+
+
+def cond_of_all(condition, if_true, if_false):
+    """As `cond`, of functions that average over the replicas, which all take the same branch.
+
+    Replicas that are threads meet to average, which they cannot do inside of a conditional of
+    their own: there is one conditional around all of them.
+
+    Args:
+        condition: scalar Boolean tensor.
+        if_true: function that returns a list of tensors.
+        if_false: likewise.
+    """
+    if not merges_threads():
+        return tf.cond(condition, if_true, if_false)
+    mine: list = []  # What the branch has returned on this replica.
+
+    def all_replicas(strategy, conditions, if_trues, if_falses, owners):
+        local = strategy.experimental_local_results
+
+        def on_each(fns):
+            def run():
+                run_each = strategy.extended.call_for_each_replica
+                results = run_each(lambda fn: fn(), args=(fns,))
+                return [t for result in results for t in local(result)]
+
+            return run
+
+        flat = tf.cond(local(conditions)[0], on_each(if_trues), on_each(if_falses))
+        owners = local(owners)
+        for i, extend in enumerate(owners):
+            extend(flat[i :: len(owners)])
+
+    tf.distribute.get_replica_context().merge_call(
+        all_replicas, args=(condition, if_true, if_false, mine.extend)
+    )
+    return mine
 
 
 def run_either(condition, if_true, if_false, variables):
@@ -146,7 +202,7 @@ def run_either(condition, if_true, if_false, variables):
 
         return run
 
-    if not _merges_threads():
+    if not merges_threads():
         tf.cond(condition, branch(if_true), branch(if_false))
         return
 
@@ -191,7 +247,7 @@ def num_replicas():
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
-def _merges_threads():
+def merges_threads():
     """Whether replicas are threads. In MirroredStrategy even a single one is."""
     strategy = tf.distribute.get_strategy()
     return (
@@ -253,7 +309,7 @@ def as_tensors(batch):
 def average_replicas(fn, carried, batch):
     """Run `fn` on each replica on its batch, and average what is to be averaged."""
     carried, averaged, outputs = fn(carried, batch)
-    return carried, mean_over_replicas(averaged, tf.shape(_first(batch))[0]), outputs
+    return carried, mean_over_replicas(averaged, tf.shape(first_tensor(batch))[0]), outputs
 
 
 def average_micro_batches(fn, carried, batch, num_micro_batches):
@@ -261,7 +317,7 @@ def average_micro_batches(fn, carried, batch, num_micro_batches):
 
     The size of a batch may be known only when the compiled function runs.
     """
-    size = tf.shape(_first(batch))[0]
+    size = tf.shape(first_tensor(batch))[0]
     quotient, remainder = size // num_micro_batches, size % num_micro_batches
     total, outputs = None, []
     for i in range(num_micro_batches):
@@ -283,6 +339,28 @@ def average_micro_batches(fn, carried, batch, num_micro_batches):
     return carried, total, outputs
 
 
+def part_of_batch(batch, share):
+    """The first examples of a batch, as many as this share of all, and one at least."""
+    first = first_tensor(batch)
+    if first.shape[0] is not None:
+        count = max(1, int(share * first.shape[0]))
+    else:
+        size = tf.cast(tf.shape(first)[0], tf.float32)
+        count = tf.maximum(1, tf.cast(share * size, tf.int32))
+    return map_present(lambda t: _rows(t, 0, count), batch)
+
+
+def largest_of_batch(batch, values, share):
+    """The examples with the largest values, as many as this share of all, and one at least."""
+    size = values.shape[0]
+    if size is not None:
+        count = max(1, int(share * size))
+    else:
+        count = tf.maximum(1, tf.cast(share * tf.cast(tf.shape(values)[0], tf.float32), tf.int32))
+    _, chosen = tf.math.top_k(values, count)
+    return map_present(lambda t: _chosen_rows(t, chosen), batch)
+
+
 def _rows(tensor, first, count):
     """Some examples of a tensor, which may be sparse."""
     if not isinstance(tensor, tf.SparseTensor):
@@ -295,8 +373,23 @@ def _rows(tensor, first, count):
     return rows
 
 
-def _first(batch):
-    return next(t for t in keras.tree.flatten(batch) if t is not None)
+def _chosen_rows(tensor, chosen):
+    """Some examples of a tensor, which may be sparse, in the order of `chosen`, each once."""
+    if not isinstance(tensor, tf.SparseTensor):
+        return tf.gather(tensor, chosen)
+    rows, others = tensor.indices[:, 0], tensor.indices[:, 1:]
+    # Where each example comes to stand, and -1 for one that is left out.
+    size = tf.cast(tensor.dense_shape[:1], tf.int32)
+    places = tf.tensor_scatter_nd_update(
+        tf.fill(size, -1), chosen[:, None], tf.range(tf.size(chosen))
+    )
+    rows = tf.cast(tf.gather(places, rows), tf.int64)
+    shape = tf.concat([tf.size(chosen, tf.int64)[None], tensor.dense_shape[1:]], 0)
+    indices = tf.concat([rows[:, None], others], 1)
+    moved = tf.sparse.retain(tf.SparseTensor(indices, tensor.values, shape), rows >= 0)
+    moved = tf.sparse.reorder(moved)
+    moved.set_shape([None, *tensor.shape[1:]])
+    return moved
 
 
 def dot(xs, ys):
@@ -380,7 +473,7 @@ def compiled(fn):
 def global_seeds():
     """Variables outside the model that its random numbers may come from."""
     # Keras keeps one seed per thread. Replicas are threads, where none can be made any more.
-    return [] if _merges_threads() else [global_seed()]
+    return [] if merges_threads() else [global_seed()]
 
 
 def random_state():
@@ -398,99 +491,3 @@ def own_random_numbers(model):
 def check_layers(model):
     """Refuse a model with layers that a pure function of the weights cannot reach."""
     del model  # Every trainable Keras layer works.
-
-
-class Trainer(StrategyTrainer):
-    """The glue into `TensorFlowTrainer`: the step is what `tf.function` traces."""
-
-    model: keras.Model  # The wrapped one.
-    _survives_failed_steps = True
-
-    def _divides_batches(self):
-        """Whether each replica sees its own part of a batch only."""
-        return self.distribute_strategy.num_replicas_in_sync > 1
-
-    def make_train_function(self, force=False):
-        _check_scope(self)
-        if self._shares_variables():
-            _check_distribution(self)
-        return self._without_xla(super().make_train_function, force)
-
-    def make_test_function(self, force=False):
-        return self._without_xla(super().make_test_function, force)
-
-    def _as_in_step(self, fn):
-        """A pure function of tensors, run as the step is."""
-        # A `partial`: see `compiled`. The step is not translated by AutoGraph either.
-        return fn if self.run_eagerly else tf.function(functools.partial(fn), autograph=False)
-
-    def _shares_variables(self):
-        with self.distribute_strategy.scope():
-            return _merges_threads()
-
-    def _without_xla(self, make, force):
-        """XLA cannot compile a step whose variables lie on several devices, only its passes."""
-        compiled = self.jit_compile
-        self.jit_compile = compiled and not self._shares_variables()
-        try:
-            return make(force)
-        finally:
-            self.jit_compile = compiled
-
-    def train_step(self, data):
-        build_symbolically(self, data)
-        compiled = "passes" if _merges_threads() else "step"
-        token = _xla.set(compiled if self.jit_compile else None)
-        try:
-            return _as_vectors(self.sharpness_aware_step(data))
-        finally:
-            _xla.reset(token)
-
-    def test_step(self, data):
-        return _as_vectors(super().test_step(data))
-
-
-def _as_vectors(logs):
-    """Several workers: Keras averages logs over their first axis, which scalars do not have."""
-    strategy = tf.distribute.get_strategy()
-    if (
-        not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-        or len(strategy.extended.worker_devices) == strategy.num_replicas_in_sync
-    ):
-        return logs
-    return {name: tf.reshape(value, (1,)) for name, value in logs.items()}
-
-
-def _check_scope(wrapper):
-    """Refuse a model whose variables are not those of the strategy that trains it."""
-    inner, outer = (type(m.distribute_strategy).__name__ for m in (wrapper.model, wrapper))
-    if wrapper.model.distribute_strategy is not wrapper.distribute_strategy:
-        raise ValueError(
-            "A model and its wrapper must be made in the scope of the same tf.distribute.Strategy. "
-            f"Received: a model made in a {inner} and a wrapper made in a {outer}. Make both, and "
-            "compile, in `with strategy.scope():`."
-        )
-
-
-def _check_distribution(model):
-    """Refuse what Keras cannot do on several replicas."""
-    strategy = model.distribute_strategy
-    prefix = f"{type(strategy).__name__} with {strategy.num_replicas_in_sync} replicas cannot "
-    if model.steps_per_execution > 1:
-        raise ValueError(
-            f"{prefix}run several steps in one execution. Received: steps_per_execution="
-            f"{model.steps_per_execution}. Compile with steps_per_execution=1."
-        )
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    if optimizer.use_ema and optimizer.ema_overwrite_frequency:
-        raise ValueError(
-            f"{prefix}overwrite weights with their averages in training. Received an optimizer "
-            f"with ema_overwrite_frequency={optimizer.ema_overwrite_frequency}. Leave it at None: "
-            "the averages are then written at the end of `fit`."
-        )
-    if optimizer.gradient_accumulation_steps:
-        raise ValueError(
-            f"{prefix}accumulate gradients. Received an optimizer with "
-            f"gradient_accumulation_steps={optimizer.gradient_accumulation_steps}. To save "
-            "memory, use larger batches and SharpnessAwareModel(num_micro_batches=...)."
-        )

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from keras_sharp.engine import _micro_batches
 from keras_sharp.engine._ctc import ctc_loss
 from keras_sharp.engine._keras import (
-    adds_up_metrics,
     all_layers,
     draw_from_own_seeds,
     global_seed,
 )
+from keras_sharp.engine._micro_batches import first_tensor
 
 # A step makes several lists of tensors and lets them go. On Linux, the C library would hand that
 # memory back to the system and fault it in again, page by page: a tenth of a step of a small
@@ -32,7 +32,10 @@ def value_and_gradient(fn, weights, averages=False):
         weights = [w.detach().requires_grad_() for w in weights]
     with torch.enable_grad(), _twice() if nested else contextlib.nullcontext():
         value, aux = fn(weights)
-        gradient = torch.autograd.grad(value, weights, allow_unused=True, create_graph=nested)
+        if value.requires_grad:
+            gradient = torch.autograd.grad(value, weights, allow_unused=True, create_graph=nested)
+        else:  # It depends on none of them.
+            gradient = [None] * len(weights)
     if not nested:
         # Keras' own tree functions take a tenth of a millisecond on PyTorch.
         value, aux = optree.tree_map(_detach, (value, aux))
@@ -135,9 +138,18 @@ def linearized(matrix, *fns):
     return lambda w, *args: matrix(*fns, w, *args)
 
 
+def is_known(condition):
+    """Whether a condition has a value: on PyTorch every tensor has."""
+    del condition
+    return True
+
+
 def cond(condition, if_true, if_false):
     """The value of one of two functions without arguments."""
     return if_true() if condition else if_false()
+
+
+cond_of_all = cond
 
 
 def run_either(condition, if_true, if_false, variables):
@@ -179,10 +191,12 @@ def loss_of_replica(loss):
 
 def mean_over_replicas(structure, size):
     """The mean of a nested structure over all processes, weighted by their `size`. One message."""
+    if num_replicas() == 1:  # Without a look at the structure, which costs a percent of a step.
+        return structure
     leaves = keras.tree.flatten(structure)
     averaged = [t is not None and _micro_batches.has_mean(t) for t in leaves]
     present = [t for t, mean in zip(leaves, averaged, strict=True) if mean]
-    if num_replicas() == 1 or not present:
+    if not present:
         return structure
     means = iter(_split(_Mean.apply(_flat(present), float(size)), present))
     return keras.tree.pack_sequence_as(
@@ -239,12 +253,16 @@ def _split(flat, tensors):
 def average_replicas(fn, carried, batch):
     """Run `fn` in each process on its batch, and average what is to be averaged."""
     carried, averaged, outputs = fn(carried, batch)
-    return carried, mean_over_replicas(averaged, _size(batch)), outputs
+    return (
+        carried,
+        mean_over_replicas(averaged, first_tensor(batch).shape[0]),
+        outputs,
+    )
 
 
 def average_micro_batches(fn, carried, batch, num_micro_batches):
     """Run `fn` on equal parts of a batch: see `_micro_batches.py`."""
-    size = _size(batch)
+    size = first_tensor(batch).shape[0]
     if size < num_micro_batches and num_replicas() > 1:
         raise ValueError(
             "All processes must split their batches into as many parts, or they would wait for "
@@ -254,13 +272,13 @@ def average_micro_batches(fn, carried, batch, num_micro_batches):
     return _micro_batches.average_micro_batches(fn, carried, batch, num_micro_batches)
 
 
+part_of_batch = _micro_batches.part_of_batch
+largest_of_batch = _micro_batches.largest_of_batch
+
+
 def as_tensors(batch):
     """The arrays of a batch as tensors: the part of this process."""
     return _micro_batches.map_present(keras.ops.convert_to_tensor, batch)
-
-
-def _size(batch):
-    return next(t for t in keras.tree.flatten(batch) if t is not None).shape[0]
 
 
 def dot(xs, ys):
@@ -373,45 +391,3 @@ def check_layers(model):
                 "Received a model with a keras.layers.TorchModuleWrapper; expected Keras layers "
                 "only. Rebuild this part from keras.layers."
             )
-
-
-class Trainer:
-    """The glue into `TorchTrainer`: the step runs eagerly."""
-
-    model: keras.Model  # The wrapped one.
-    _survives_failed_steps = True
-
-    def _divides_batches(self):
-        """Whether each replica sees its own part of a batch only."""
-        return num_replicas() > 1
-
-    def _as_in_step(self, fn):
-        """A pure function of tensors, run as the step is: at once."""
-        return fn
-
-    def train_step(self, data):
-        return self._with_metrics_of_all(self.sharpness_aware_step, data)
-
-    def test_step(self, data):
-        return self._with_metrics_of_all(super().test_step, data)
-
-    def _with_metrics_of_all(self, step, data):
-        """Run a step, and let the metrics of each process have seen the data of all."""
-        if num_replicas() == 1:
-            return step(data)
-        # Keras may know how to do so, but not for those of the wrapper itself.
-        done = {id(m) for m in self.model.metrics} if adds_up_metrics() else ()
-        variables = [v for m in self.metrics if id(m) not in done for v in m.variables]
-        before = [read(v).clone() for v in variables]
-        logs = step(data)
-        metrics = {m.name: m for m in self.metrics if m.name in logs}
-        results = {**self.get_metrics_result(), **metrics}
-        others = {k: torch.as_tensor(v) for k, v in logs.items() if k not in results}
-        new = [read(v) - old for v, old in zip(variables, before, strict=True)]
-        sums = sum_over_processes([*new, *others.values()])
-        for variable, old, total in zip(variables, before, sums, strict=False):
-            variable.assign(old + total)
-        means = [total / num_replicas() for total in sums[len(variables) :]]
-        logs.update(zip(others, means, strict=True))
-        logs.update({name: metric.result() for name, metric in metrics.items()})
-        return {**logs, **self.get_metrics_result()}

@@ -5,20 +5,32 @@ import keras
 from keras_sharp.identifiers import look_up
 from keras_sharp.methods.adaptive_gsam import AdaptiveGSAM
 from keras_sharp.methods.asam import ASAM
+from keras_sharp.methods.async_sam import AsyncSAM
 from keras_sharp.methods.bsam import BSAM
+from keras_sharp.methods.esam import ESAM
+from keras_sharp.methods.friendly_sam import FriendlySAM
 from keras_sharp.methods.gsam import GSAM
+from keras_sharp.methods.looksam import LookSAM
 from keras_sharp.methods.method import Method
+from keras_sharp.methods.momentum_sam import MomentumSAM
 from keras_sharp.methods.plain import Plain
 from keras_sharp.methods.sam import SAM
+from keras_sharp.methods.wsam import WSAM
 
 __all__ = [
     "ASAM",
     "BSAM",
+    "ESAM",
     "GSAM",
     "METHODS",
     "SAM",
+    "WSAM",
     "AdaptiveGSAM",
+    "AsyncSAM",
+    "FriendlySAM",
+    "LookSAM",
     "Method",
+    "MomentumSAM",
     "Plain",
     "deserialize",
     "get",
@@ -32,6 +44,12 @@ METHODS: dict[str, type[Method]] = {
     "gsam": GSAM,
     "adaptive_gsam": AdaptiveGSAM,
     "bsam": BSAM,
+    "looksam": LookSAM,
+    "momentum_sam": MomentumSAM,
+    "async_sam": AsyncSAM,
+    "friendly_sam": FriendlySAM,
+    "wsam": WSAM,
+    "esam": ESAM,
 }
 
 

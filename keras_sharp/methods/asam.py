@@ -29,8 +29,8 @@ class ASAM(SAM):
         eta: Float >= 0, keeps the scale of small weights from vanishing.
             Defaults to `0.01`, the paper's value.
         p: Float in (1, inf], the order of the norm. Defaults to `2.0`.
-        **kwargs: `ascent_steps` and `second_order`, see
-            `keras_sharp.methods.Method`.
+        **kwargs: `ascent_share`, see `keras_sharp.methods.SAM`;
+            `ascent_steps` and `second_order`, see `keras_sharp.methods.Method`.
 
     Raises:
         ValueError: if `rho` or `eta` is negative or not a finite number, or

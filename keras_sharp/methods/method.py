@@ -1,9 +1,29 @@
 """The contract that every sharpness-aware method fulfils."""
 
+import functools
+import inspect
+
 import keras
 
 from keras_sharp import neighborhoods, schedules, vectors
-from keras_sharp.identifiers import did_you_mean, meant
+from keras_sharp.docstrings import filled_in
+from keras_sharp.identifiers import check_boolean, check_count, did_you_mean, meant
+
+
+def _itself(g):
+    return g
+
+
+def _given_the_gradient(step):
+    """A `step` as version 0.1 had it, with the gradient at the weights as an argument."""
+
+    @functools.wraps(step)
+    def ask(self, objective, w, state, **hyperparameters):
+        return step(self, objective, w, objective(w).gradient, state, **hyperparameters)
+
+    # The signature is that of the function around, or a subclass would be wrapped once more.
+    del ask.__wrapped__
+    return ask
 
 
 class Method:
@@ -12,7 +32,7 @@ class Method:
     A method is pure: it asks an `Objective` for loss and gradient at points
     of its choice, and returns the direction that the optimizer then receives
     in place of the gradient. It knows neither the backend nor the model. To
-    write one, copy the file of SAM, write `direction`, and declare each number
+    write one, copy the file of GSAM, write `direction`, and declare each number
     that may change in training as a `keras_sharp.schedules.Hyperparameter`.
 
     What every method promises, and `tests/test_every_method.py` checks:
@@ -47,10 +67,25 @@ class Method:
     """
 
     #: The attributes that make the training step what it is.
-    _FIXED = ("neighborhood", "ascent_steps", "second_order")
+    _FIXED: tuple = ("neighborhood", "ascent_steps", "second_order")
+
+    #: Whether the method asks for `objective.random`: there is then a seed for it.
+    draws_random_numbers = False
+
+    #: Whether a step asks `objective.cond`. On CPUs, XLA then compiles the passes by themselves.
+    is_conditional = False
+
+    #: Whether `step` returns a third part, which by-passes the optimizer.
+    by_passes_optimizer = False
 
     #: Whether a training step was made of this method.
     in_training = False
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "g" in inspect.signature(cls.step).parameters:
+            setattr(cls, "step", _given_the_gradient(cls.step))  # noqa: B010
+        filled_in(*(base for base in cls.__mro__[1:] if issubclass(base, Method)))(cls)
 
     def __init__(self, *, neighborhood="euclidean", ascent_steps=1, second_order=False, **unknown):
         for name, value in unknown.items():
@@ -60,14 +95,8 @@ class Method:
                 f"{did_you_mean(name, known)} Expected arguments from {known}, or those of its "
                 f"constructor. Received: {name}={value!r}"
             )
-        if isinstance(ascent_steps, bool) or not isinstance(ascent_steps, int) or ascent_steps < 1:
-            raise ValueError(
-                f"`ascent_steps` must be an integer >= 1. Received: ascent_steps={ascent_steps!r}"
-            )
-        if not isinstance(second_order, bool):
-            raise ValueError(
-                f"`second_order` must be True or False. Received: second_order={second_order!r}"
-            )
+        check_count("ascent_steps", ascent_steps, at_least=1)
+        check_boolean("second_order", second_order)
         self.neighborhood = neighborhoods.get(neighborhood)
         self.ascent_steps = ascent_steps
         self.second_order = second_order
@@ -127,22 +156,28 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `direction` or `step`.")
 
-    def step(self, objective, w, g, state, **hyperparameters):
+    @filled_in(direction)
+    def step(self, objective, w, state, **hyperparameters):
         """The direction and the new state of the method.
 
         Override this in place of `direction` if the method remembers
-        something from step to step.
+        something from step to step, or does not begin with the gradient at
+        the weights. By default it asks for that gradient, and `direction`
+        for the rest.
 
         Args:
             objective: see `direction`.
             w: see `direction`.
-            g: see `direction`.
             state: list of tensors, at first those of `initial_state`.
             **hyperparameters: see `direction`.
 
         Returns:
-            A pair: the direction, and a list like `state`.
+            A pair: the direction, and a list like `state`. If the class says
+            `by_passes_optimizer = True`, a triple: also a list like the
+            direction that is subtracted from the weights, times the learning
+            rate, after the step of the optimizer.
         """
+        g = objective(w).gradient
         return self.direction(objective, w, g, **hyperparameters), state
 
     def initial_state(self, variables):
@@ -157,7 +192,8 @@ class Method:
         """
         return []
 
-    def perturbation(self, objective, w, g, rho):
+    @filled_in(direction)
+    def perturbation(self, objective, w, g, rho, along=_itself):
         """The adversary's step from `w`: up the loss, to the border of the region.
 
         Args:
@@ -165,19 +201,24 @@ class Method:
             w: see `direction`.
             g: see `direction`.
             rho: scalar, the radius of the neighborhood.
+            along: function of a gradient that returns what the adversary
+                climbs along, a list like it. Defaults to the gradient itself.
+                It may be given a gradient of the perturbed weights alone, with
+                `None` for the others.
 
         Returns:
             A list like `g`, with `None` where a weight is not perturbed.
         """
-        region, biases = self.neighborhood, objective.biases
-        e = region.perturbation(objective.perturbed(g), w, rho, biases)
-        for _ in range(self.ascent_steps - 1):
-            g = objective(vectors.add(w, e)).gradient
-            climb = region.perturbation(objective.perturbed(g), w, rho, biases)
-            e = region.project(vectors.add(e, climb), w, abs(rho), biases)
+        e = None
+        for _ in range(self.ascent_steps):
+            if e is not None:
+                g = objective.uphill(vectors.add(w, e)).gradient
+            climbed = objective.perturbed(along(g))
+            e = self.neighborhood.ascend(e, climbed, w, rho, objective.biases)
         return e
 
-    def gradient_at_adversary(self, objective, w, g, rho):
+    @filled_in(direction, perturbation)
+    def gradient_at_adversary(self, objective, w, g, rho, along=_itself):
         """The gradient at the perturbed weights, `∇L(w + e)`.
 
         With `second_order` it is the gradient of `L(w + e(w))`.
@@ -188,6 +229,7 @@ class Method:
             g: see `direction`.
             rho: scalar, the radius of the neighborhood. A negative one makes
                 the adversary descend.
+            along: see `perturbation`.
 
         Returns:
             A list like `g`.
@@ -195,20 +237,25 @@ class Method:
 
         def ascent(objective, w, g):
             if self.ascent_steps > 1:
-                return vectors.add(w, self.perturbation(objective, w, g, rho))
-            climb = self.neighborhood.climb(objective.perturbed(g), w, rho, objective.biases)
+                return vectors.add(w, self.perturbation(objective, w, g, rho, along))
+            climb = self.neighborhood.climb(objective.perturbed(along(g)), w, rho, objective.biases)
             return vectors.add_scaled(w, *climb)
 
         if self.second_order:
             return objective.through(
-                lambda inner, v: ascent(inner, v, inner(v).gradient), w
+                lambda inner, v: ascent(inner, v, inner.uphill(v).gradient), w
             ).gradient
         return objective(ascent(objective, w, g)).gradient
 
     @property
-    def settings(self):
-        """The hyperparameters with their variables and schedules, by name."""
+    def own_settings(self):
+        """The hyperparameters of this class, with their variables and schedules, by name."""
         return self.__dict__.setdefault("_settings", {})
+
+    @property
+    def settings(self):
+        """All hyperparameters that a step needs, with their variables and schedules, by name."""
+        return self.own_settings
 
     @property
     def follows_learning_rate(self):

@@ -30,9 +30,15 @@ EVERY_METHOD = {
     for m in METHODS
     for scope in ("global", "replica")
 }
+#: Passes that are skipped in some steps, or that begin somewhere else; see `cheaper`.
+CHEAPER = {
+    f"{name}-global": ({}, {"cheaper": name})
+    for name in ("every", "looksam", "norm", "random", "momentum_sam", "wsam")
+}
 #: What is trained: arguments of the wrapper; and of `make`, `data` and `fit`, below.
 CASES = {
     **EVERY_METHOD,
+    **CHEAPER,
     "parts-global": ({"num_micro_batches": 2}, {}),
     "parts-replica": ({"num_micro_batches": 2, "perturbation_scope": "replica"}, {}),
     "second_order-global": ({}, {"second_order": True}),
@@ -48,8 +54,8 @@ CASES = {
     "nan-replica": ({"perturbation_scope": "replica"}, {"bad_example": 20}),
 }
 #: Topologies whose code is that of another one train these only.
-FEW = (*EVERY_METHOD, "batchnorm-replica", "nan-replica")
-FEW += ("parts-global", "second_order-global", "watched-global")
+FEW = ("sam-global", "sam-replica", "bsam-global", "bsam-replica", "every-global", "parts-global")
+FEW += ("batchnorm-replica", "nan-replica", "watched-global")
 #: Most of the time goes into compiling: two trainings with an evaluation are enough.
 EVALUATED = ("sam-global", "uneven-global")
 #: Of these, the messages of a step are counted.
@@ -98,6 +104,8 @@ def make(name, seed=1):
 
     arguments, options = CASES[name]
     arguments = {"method": "sam", "extra_logs": ["grad_norm", "skipped_steps"], **arguments}
+    if "cheaper" in options:
+        arguments["method"] = cheaper(options["cheaper"])
     if options.get("second_order"):
         arguments["method"] = keras_sharp.methods.SAM(second_order=True)
     network = getattr(models, options.get("network", "mlp"))(outputs=3, seed=seed)
@@ -106,6 +114,23 @@ def make(name, seed=1):
         wrapper, options.get("clipnorm"), jit_compile=options.get("jit_compile", "auto")
     )
     return wrapper
+
+
+def cheaper(name):
+    """A method or a policy that spares gradients."""
+    import random
+
+    from keras_sharp import methods, policies
+
+    random.seed(0)  # Where the seed of `WithProbability` comes from.
+    return {
+        "every": lambda: policies.Every("sam", 2),
+        "looksam": lambda: methods.LookSAM(k=2),
+        "norm": lambda: policies.WhenGradientNorm("bsam"),
+        "random": lambda: policies.WithProbability("sam", 0.5),
+        "momentum_sam": lambda: methods.MomentumSAM(),
+        "wsam": lambda: policies.Every(methods.WSAM(decoupled=True), 2),
+    }[name]()
 
 
 def compile_like_all(wrapper, clipnorm=None, **kwargs):

@@ -53,6 +53,14 @@ METRICS = {
     "steps": ["mae"],
     "steps_classes": ["accuracy", "sparse_categorical_crossentropy"],
 }
+#: The methods of the first cases, and those that came later, with the policies: these are drawn
+#: behind all else, from this seed on, so that the cases before it stay what they were.
+METHODS = (None, "sam", "sam", "asam", "gsam", "adaptive_gsam", "bsam")
+NEWER_FROM = 10_000
+NEWER = ("looksam", "momentum_sam", "async_sam", "friendly_sam", "wsam", "ascent_share")
+#: Those that take no gradient of the whole batch at the weights.
+AHEAD = ("momentum_sam", "async_sam", "ascent_share")
+POLICIES = ("every_2", "from_1", "until_1", "from_every")
 NEIGHBORHOODS = (
     "euclidean", "ball_3", "ball_inf", "adaptive", "adaptive_3", "weight_scaled", "unnormalized",
 )  # fmt: skip
@@ -89,6 +97,7 @@ class Case:
     dtype: str = "float32"
     # The method
     method: str | None = "sam"
+    policy: str | None = None
     rho: float = 0.0
     scheduled: bool = False
     neighborhood: str = "euclidean"
@@ -169,7 +178,7 @@ def generate(seed):
     extra_input = chance(0.15)
     if topology == "sequential" and (extra_input or len(heads) > 1):
         topology = "functional"
-    method = r.choice([None, "sam", "sam", "asam", "gsam", "adaptive_gsam", "bsam"])
+    method = r.choice(METHODS)
     examples, batch_size = r.choice([(8, 4)] * 4 + [(4, 4), (12, 6), (10, 4), (9, 4)])
     case = Case(
         seed=seed,
@@ -220,7 +229,16 @@ def generate(seed):
         resume=chance(0.15),
         other_mode=chance(0.06),
     )
+    if seed >= NEWER_FROM:
+        method = chance(0.6, r.choice(NEWER), method or "sam")
+        policy = chance(0.5, r.choice(POLICIES), None)
+        case = dataclasses.replace(case, method=method, policy=policy)
     return sensible(case)
+
+
+def is_overwriting(block):
+    """Whether a layer assigns to weights and reads them in the same pass."""
+    return "spectral" in block or block == "moving_average"
 
 
 def sensible(case):
@@ -245,7 +263,11 @@ def sensible(case):
         changes["steps_per_execution"] = 1
     if case.method is None:
         changes.update(rho=0.0, second_order=False, ascent_steps=1, scheduled=False)
-        changes.update(neighborhood="euclidean", perturb="all")
+        changes.update(neighborhood="euclidean", perturb="all", policy=None)
+    if case.method in AHEAD:
+        changes.update(ascent_steps=1, second_order=False)
+        # What a layer makes of perturbed weights is nothing that the formula knows.
+        changes["blocks"] = tuple(b for b in case.blocks if not is_overwriting(b))
     if case.method in ("asam", "adaptive_gsam"):  # They have a neighborhood of their own.
         changes["neighborhood"] = "euclidean"
     norms = {"batchnorm", "layernorm", "groupnorm", "rmsnorm"}
@@ -256,8 +278,9 @@ def sensible(case):
     # Recurrent layers take many small operations per step: then no more than two passes or parts.
     if sum(b in RECURRENT for b in case.blocks) * case.ascent_steps * case.micro_batches > 2:
         changes.update(ascent_steps=1, micro_batches=min(2, case.micro_batches))
-        found = [i for i, b in enumerate(case.blocks) if b in RECURRENT]
-        changes["blocks"] = tuple(b for i, b in enumerate(case.blocks) if i not in found[1:])
+        blocks = changes.get("blocks", case.blocks)
+        found = [i for i, b in enumerate(blocks) if b in RECURRENT]
+        changes["blocks"] = tuple(b for i, b in enumerate(blocks) if i not in found[1:])
     return dataclasses.replace(case, **changes)
 
 

@@ -14,8 +14,18 @@ from keras import ops
 
 from keras_sharp.engine._keras import get_keras_mask, set_keras_mask
 from tests import models
+from tests.fuzz.cases import AHEAD
 from tests.fuzz.programs import Schedule
 from tests.models import BACKEND, assign, values
+
+#: Arguments of the methods, beside rho.
+NUMBERS = {
+    "looksam": {"k": 2, "alpha": 0.7},
+    "momentum_sam": {"momentum": 0.8},
+    "friendly_sam": {"sigma": 0.9, "decay": 0.7},
+    "wsam": {"gamma": 0.6},
+    "ascent_share": {"ascent_share": 0.5},
+}
 
 adapter = importlib.import_module(f"tests.fuzz._{BACKEND}")
 
@@ -50,18 +60,22 @@ class _Hand:
     def __init__(self, model, case):
         self.model, self.case = model, case
         self.highest_learning_rate = 0.0
+        self.memory = None  # What the method remembers, one long vector.
         self.reset()
 
     def reset(self):
         self.model.reset_metrics()
-        self.seen, self.extra = 0, {}
+        self.extra = {}
 
     def logs(self):
         logs = {
             k: np.array(ops.convert_to_numpy(v)) for k, v in self.model.get_metrics_result().items()
         }
         if self.case.extra_logs:
-            logs.update({k: np.array(v / self.seen) for k, v in self.extra.items()})
+            for name in ("perturbed_loss", "sharpness", "grad_norm", "grad_cosine"):
+                # Where no step has asked an adversary, there is nothing to tell of one.
+                total, size = self.extra.get(name, (np.nan, 1))
+                logs[name] = np.array(total / size)
         if self.case.method is not None:
             logs["rho"] = np.array(self.rho)
         return logs
@@ -70,10 +84,19 @@ class _Hand:
         case, optimizer = self.case, self.model.optimizer
         rate = float(ops.convert_to_numpy(optimizer.learning_rate))
         self.highest_learning_rate = max(self.highest_learning_rate, rate)
-        self.rho = case.rho
+        self.rho, self.now = case.rho, int(ops.convert_to_numpy(optimizer.iterations))
         if case.scheduled:
-            step = int(ops.convert_to_numpy(optimizer.iterations))
-            self.rho = float(Schedule(case.rho)(step))
+            self.rho = float(Schedule(case.rho)(self.now))
+        self.asks = (
+            case.method is not None
+            and {
+                None: True,
+                "every_2": self.now % 2 == 0,
+                "from_1": self.now >= 1,
+                "until_1": self.now < 1,
+                "from_every": self.now >= 1 and self.now % 2 == 0,
+            }[case.policy]
+        )
         self.rho_min = self.rho_max() * rate / self.highest_learning_rate
 
     def rho_max(self):
@@ -107,6 +130,8 @@ class _Hand:
         for variable, old, is_float, new in zip(variables, before, floats, lasting, strict=True):
             left = old if not finite else mean(new) if is_float else new[-1]
             variable.assign(np.asarray(left).astype(old.dtype))
+        if finite:
+            self.memory = mean([p["memory"] for p in parts])
         self.apply([mean(d) for d in zip(*(p["direction"] for p in parts), strict=True)], finite)
         if case.micro_batches > 1:
             assign(model.metrics_variables, trackers)
@@ -146,10 +171,10 @@ class _Hand:
         again = models.tensors(copy.deepcopy(batch[2]))
         loss = ops.convert_to_tensor(loss, "float32")
         adapter.update_metrics(model, update, (x, y, again, weight, y_pred, masks, loss))
-        self.seen += size
         for name in parts[0]["extra"]:
             value = sum(p["size"] * p["extra"][name] for p in parts)
-            self.extra[name] = self.extra.get(name, 0.0) + value
+            total, seen = self.extra.get(name, (0.0, 0))
+            self.extra[name] = total + value, seen + size
 
     def scale(self):
         optimizer = self.model.optimizer
@@ -166,7 +191,10 @@ class _Hand:
         def tensors():  # Anew: Keras writes into the weights of masked examples on PyTorch.
             return models.tensors(copy.deepcopy(batch))
 
+        lead = self.lead(batch) if self.asks and case.method in AHEAD else None
         loss, y_pred, g = adapter.forward_and_gradient(model, tensors(), scale)
+        if lead is not None:
+            assign(variables, lead)
         after, noise_after = values(model.non_trainable_variables), adapter.noise()
         trackers = values(model.metrics_variables)
         start = values(variables)
@@ -202,22 +230,25 @@ class _Hand:
                 return model.compute_loss(x=x, y=y, y_pred=out, sample_weight=weight)
 
         region = _Region(case, [variables[i] for i in used])
+        memory = np.zeros_like(w) if self.memory is None else self.memory
 
-        def adversary(rho):
-            """The gradient at the adversary."""
+        def adversary(rho, less=None):
+            """The gradient at the adversary, who climbs along the gradient less a vector."""
+            less = np.zeros_like(w) if less is None else less.astype(w.dtype)
             if not case.second_order:
-                return gradient_at(w + region.ascend(gradient_at, w, g, rho, np))
+                return gradient_at(w + region.ascend(gradient_at, w, g, rho, np, less))
             rewind()
             inner = adapter.differentiable_gradient(loss_at)
+            left_out = ops.convert_to_tensor(less.astype(start[used[0]].dtype))
 
             def adversarial_loss(v):
-                return loss_at(v + region.ascend(inner, v, inner(v), rho, ops))
+                return loss_at(v + region.ascend(inner, v, inner(v), rho, ops, left_out))
 
             loss, at = adapter.value_and_gradient(adversarial_loss, w.astype(start[used[0]].dtype))
             seen.update(loss=loss, gradient=_flat([at]))
             return seen["gradient"]
 
-        direction = self.direction(adversary, g)
+        direction, memory = self.direction(adversary, g, memory) if self.asks else (g, memory)
         assign(model.non_trainable_variables, after)
         assign(model.metrics_variables, trackers)
         adapter.set_noise(noise_after)
@@ -234,12 +265,15 @@ class _Hand:
             "loss": loss,
             "y_pred": y_pred,
             "direction": whole,
+            "memory": memory,
             "variables": [*start, *after],
             "finite": finite,
             "extra": self.extra_logs(loss, g, seen) if case.extra_logs else {},
         }
 
     def extra_logs(self, loss, g, seen):
+        if not self.has_adversary():
+            return {"grad_norm": np.linalg.norm(g)}
         perturbed, g_adv = seen.get("loss", loss), seen.get("gradient", g)
         lengths = np.linalg.norm(g) * np.linalg.norm(g_adv)
         return {
@@ -249,20 +283,73 @@ class _Hand:
             "grad_cosine": g @ g_adv / lengths if lengths else 0.0,
         }
 
-    def direction(self, adversary, g):
-        """The rule of the method: what stands in place of the gradient."""
-        method = self.case.method
-        if method is None:
-            return g
+    def has_adversary(self):
+        """Whether this step has a second pass over the whole batch."""
+        if not self.asks or self.case.method in AHEAD:
+            return False
+        return self.case.method != "looksam" or self.now % NUMBERS["looksam"]["k"] == 0
+
+    def lead(self, batch):
+        """Perturb the weights before the pass that is reported: what they were."""
+        model, case = self.model, self.case
+        variables = model.trainable_variables
+        before = values(variables)
+        state, noise = values(model.non_trainable_variables), adapter.noise()
+        trackers = values(model.metrics_variables)
+        if case.method == "ascent_share":
+            size = len(keras.tree.flatten(batch[0])[0])
+            count = max(1, int(NUMBERS["ascent_share"]["ascent_share"] * size))
+            part = keras.tree.map_structure(lambda a: None if a is None else a[:count], batch)
+        else:
+            part = batch  # For the weights that have a gradient.
+        _, _, g = adapter.forward_and_gradient(
+            model, models.tensors(copy.deepcopy(part)), self.scale()
+        )
+        assign(variables, before)
+        assign(model.non_trainable_variables, state)
+        assign(model.metrics_variables, trackers)
+        adapter.set_noise(noise)
+        used = [i for i, t in enumerate(g) if t is not None]
+        w = models.flat([before[i] for i in used])
+        along = _flat([g[i] for i in used])
+        if case.method != "ascent_share":
+            along = np.zeros_like(w) if self.memory is None else self.memory
+        rho = -self.rho if case.method == "momentum_sam" else self.rho
+        region = _Region(case, [variables[i] for i in used])
+        ahead = w + region.climb(along, w, rho, np)
+        for i, t in zip(used, models.like(ahead, [before[i] for i in used]), strict=True):
+            variables[i].assign(t.astype(before[i].dtype))
+        return before
+
+    def direction(self, adversary, g, memory):
+        """The rule of the method: what stands in place of the gradient; and what it remembers."""
+        method, numbers = self.case.method, NUMBERS.get(self.case.method, {})
         if method in ("sam", "asam"):
-            return adversary(self.rho)
+            return adversary(self.rho), memory
         if method == "bsam":
             down = adversary(-self.rho_min)
             up = adversary(self.rho)
-            return up + g - _quotient(np.linalg.norm(up), np.linalg.norm(down)) * down
-        g_adv = adversary(self.rho)  # gsam, adaptive_gsam
-        parallel = _quotient(g @ g_adv, g_adv @ g_adv) * g_adv
-        return g_adv - 0.4 * (g - parallel)
+            ratio = _quotient(np.linalg.norm(up), np.linalg.norm(down))
+            return up + g - ratio * down, memory
+        if method == "ascent_share":
+            return g, memory
+        if method == "async_sam":
+            return g, g
+        if method == "momentum_sam":
+            return g, numbers["momentum"] * memory + g
+        if method == "looksam" and self.now % numbers["k"] > 0:
+            ratio = _quotient(np.linalg.norm(g), np.linalg.norm(memory))
+            return g + numbers["alpha"] * ratio * memory, memory
+        if method == "friendly_sam":
+            average = numbers["decay"] * memory + (1 - numbers["decay"]) * g
+            return adversary(self.rho, numbers["sigma"] * memory), average
+        g_adv = adversary(self.rho)
+        if method == "looksam":
+            return g_adv, g_adv - _quotient(g @ g_adv, g @ g) * g
+        if method == "wsam":
+            return g + numbers["gamma"] / (1 - numbers["gamma"]) * (g_adv - g), memory
+        parallel = _quotient(g @ g_adv, g_adv @ g_adv) * g_adv  # gsam, adaptive_gsam
+        return g_adv - 0.4 * (g - parallel), memory
 
 
 class _Region:
@@ -278,11 +365,11 @@ class _Region:
         self.bias, self.part = (np.repeat(flags, sizes).astype(dtype) for flags in (bias, part))
         self.p = {"ball_3": 3.0, "adaptive_3": 3.0, "ball_inf": np.inf}.get(self.name, 2.0)
 
-    def ascend(self, gradient_at, w, g, rho, xp):
-        """The perturbation."""
-        e = self.climb(g, w, rho, xp)
+    def ascend(self, gradient_at, w, g, rho, xp, less):
+        """The perturbation; `less` is taken out of each gradient."""
+        e = self.climb(g - less, w, rho, xp)
         for _ in range(self.steps - 1):
-            g = gradient_at(w + e)
+            g = gradient_at(w + e) - less
             e = self.project(e + self.climb(g, w, rho, xp), w, abs(rho), xp)
         return e
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+from tests.fuzz.cases import is_overwriting
 from tests.models import BACKEND
 
 
@@ -24,8 +25,7 @@ class Known(NamedTuple):
 
 
 def _writes(case):
-    """Whether a layer assigns to weights and reads them in the same pass."""
-    return any("spectral" in b or b == "moving_average" for b in case.blocks)
+    return any(is_overwriting(b) for b in case.blocks)
 
 
 def _has_penalty(case):
@@ -86,6 +86,12 @@ TABLE = [
         lambda c: {"dtype": "float32"},
     ),
     Known(
+        "Keras: the loss is float32, the penalty of an activation has 16 bits: their sum raises",
+        ("tensorflow",),
+        lambda c: c.dtype.startswith("mixed") and "activity" in c.blocks,
+        lambda c: {"dtype": "float32"},
+    ),
+    Known(
         "Keras: the factors of LoRA are float32 whatever the layer is, and Muon mixes dtypes",
         ("tensorflow",),
         lambda c: (
@@ -100,6 +106,13 @@ TABLE = [
             c.optimizer == "ScheduleFreeAdamW"
             and (c.mode != "eager" or c.other_mode or c.steps_per_execution > 1)
         ),
+        lambda c: {"optimizer": "AdamW"},
+    ),
+    Known(
+        "Keras: ScheduleFreeAdamW copies the weights when it is built, and plain training builds "
+        "it after the first pass here, before it on the other backends, as the wrapper does",
+        ("tensorflow",),
+        lambda c: c.optimizer == "ScheduleFreeAdamW" and _writes(c),
         lambda c: {"optimizer": "AdamW"},
     ),
     Known(

@@ -6,7 +6,7 @@ import tempfile
 import keras
 import numpy as np
 
-from keras_sharp import SharpnessAwareModel, engine, methods, neighborhoods
+from keras_sharp import SharpnessAwareModel, engine, methods, neighborhoods, policies
 from tests.fuzz import formula, known, networks, programs
 from tests.fuzz.programs import Schedule
 from tests.models import BACKEND, assign, values
@@ -43,10 +43,27 @@ def no_bias(variable):
 
 
 def method(case):
-    """The method of a case."""
+    """The method of a case, in its policy."""
     if case.method is None:
         return None
-    kwargs = {"ascent_steps": case.ascent_steps, "second_order": case.second_order}
+    made = _method(case)
+    return {
+        None: lambda: made,
+        "every_2": lambda: policies.Every(made, 2),
+        "from_1": lambda: policies.From(made, 1),
+        "until_1": lambda: policies.Until(made, 1),
+        "from_every": lambda: policies.From(policies.Every(made, 2), 1),
+    }[case.policy]()
+
+
+def _method(case):
+    kwargs = {
+        **formula.NUMBERS.get(case.method, {}),
+        "ascent_steps": case.ascent_steps,
+        "second_order": case.second_order,
+    }
+    if case.method in ("momentum_sam", "async_sam"):
+        del kwargs["ascent_steps"], kwargs["second_order"]
     if case.method not in ("asam", "adaptive_gsam"):
         kwargs["neighborhood"] = {
             "ball_3": neighborhoods.Ball(3),
@@ -54,7 +71,8 @@ def method(case):
             "adaptive_3": neighborhoods.AdaptiveBall(p=3),
         }.get(case.neighborhood, case.neighborhood)
     rho = Schedule(case.rho) if case.scheduled else case.rho
-    return methods.METHODS[case.method](rho=rho, **kwargs)
+    name = "sam" if case.method == "ascent_share" else case.method
+    return methods.METHODS[name](rho=rho, **kwargs)
 
 
 def _start(case, jitter=None):
