@@ -92,7 +92,12 @@ def parse_arguments():
     add = parser.add_argument
     add("--workloads", nargs="+", choices=WORKLOADS, help="default: all")
     add("--workers", nargs="+", choices=workers.WORKERS, default=list(workers.WORKERS))
-    add("--contestants", nargs="+", choices=workers.OURS, default=list(workers.OURS))
+    add(
+        "--contestants",
+        nargs="+",
+        choices=(*workers.OURS, *workers.CHEAPER),
+        default=list(workers.OURS),
+    )
     add("--rounds", type=int, help="default: 9; 3 with --memory")
     add("--steps", type=int, help="steps per block; default: 2, 60 and 6 for W1, W2 and W3")
     add("--core", type=int, default=max(os.sched_getaffinity(0)), help="default: the last one")

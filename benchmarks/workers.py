@@ -21,6 +21,11 @@ import networks
 LEARNING_RATE, MOMENTUM, RHO, PARTS = 1e-3, 0.9, 0.05, 4
 
 OURS = ("sam", "asam", "gsam", "adaptive_gsam", "bsam", "sam_4_parts")
+#: What spares gradients, run only if asked for; blocks must then be a multiple of ten steps.
+CHEAPER = (
+    *("every_10", "looksam_5", "looksam_10", "ascent_share", "momentum_sam", "async_sam"),
+    *("friendly_sam", "wsam", "norm_only"),
+)
 #: The contestants that the others are compared with; they always run. `fb` is one forward and
 #: backward pass, `fb_twice` two of them in one compiled function, the second at other weights.
 BASELINES = ("plain", "fb", "fb_twice")
@@ -45,10 +50,10 @@ class Worker(NamedTuple):
 
 
 WORKERS = {
-    "tensorflow": Worker(None, "tensorflow", "tensorflow", False),
-    "tensorflow-jit": Worker(None, "tensorflow", "tensorflow", True),
-    "jax": Worker(None, "jax", "jax", True),
-    "torch": Worker(None, "torch", "torch", False),
+    "tensorflow": Worker(None, "tensorflow", "tensorflow", False, (*OURS, *CHEAPER)),
+    "tensorflow-jit": Worker(None, "tensorflow", "tensorflow", True, (*OURS, *CHEAPER)),
+    "jax": Worker(None, "jax", "jax", True, (*OURS, *CHEAPER)),
+    "torch": Worker(None, "torch", "torch", False, (*OURS, *CHEAPER)),
     "tf_keras": Worker("tf_keras", "tf_keras", None, False, ("sam", "sam_4_parts")),
     "tf_keras-jit": Worker("tf_keras", "tf_keras", None, True, ("sam", "sam_4_parts")),
     "pytorch_optimizer": Worker("pytorch_optimizer", "torch", None, False, ("sam", "asam", "gsam")),
@@ -130,6 +135,15 @@ def _ours(name, worker, wanted, data):
         "adaptive_gsam": keras_sharp.methods.AdaptiveGSAM(RHO),
         "bsam": keras_sharp.methods.BSAM(RHO),
         "sam_4_parts": keras_sharp.methods.SAM(RHO),
+        "every_10": keras_sharp.policies.Every(keras_sharp.methods.SAM(RHO), 10),
+        "looksam_5": keras_sharp.methods.LookSAM(RHO, k=5),
+        "looksam_10": keras_sharp.methods.LookSAM(RHO, k=10),
+        "ascent_share": keras_sharp.methods.SAM(RHO, ascent_share=0.25),
+        "momentum_sam": keras_sharp.methods.MomentumSAM(RHO),
+        "async_sam": keras_sharp.methods.AsyncSAM(RHO),
+        "friendly_sam": keras_sharp.methods.FriendlySAM(RHO),
+        "wsam": keras_sharp.methods.WSAM(RHO),
+        "norm_only": keras_sharp.methods.SAM(RHO),
     }
     contestants = {}
     for contestant, method in methods.items():
@@ -137,7 +151,8 @@ def _ours(name, worker, wanted, data):
             model = networks.keras_network(name, keras)
             if method is not None:
                 parts = PARTS if contestant == "sam_4_parts" else 1
-                model = keras_sharp.SharpnessAwareModel(model, method, parts)
+                perturb = "norm_only" if contestant == "norm_only" else "all"
+                model = keras_sharp.SharpnessAwareModel(model, method, parts, perturb=perturb)
             contestants[contestant] = _fit(keras, model, worker.jit, name, data)
     passes = {"tensorflow": functools.partial(_passes_tensorflow, jit=worker.jit)}
     passes |= {"jax": _passes_jax, "torch": _passes_torch}

@@ -79,6 +79,21 @@ def accelerator():
     return next((kind for kind in kinds if kind in ("gpu", "tpu")), None)
 
 
+def compiled(fn):
+    """The function as the backend compiles it."""
+    import keras
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(fn)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(fn)
+    return fn
+
+
 def save(figure, path):
     """Save a picture, and say where."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

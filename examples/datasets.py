@@ -85,6 +85,22 @@ def make_network(input_shape, filters=(32, 64, 128), num_classes=10):
     return keras.Sequential(layers)
 
 
+def make_resnet(input_shape, width, stem=4, num_classes=10):
+    """A convolution of stride `stem`, and two residual blocks of half the size, twice the width."""
+    layers = keras.layers
+
+    def conv(x, filters, size=3, strides=1):
+        x = layers.Conv2D(filters, size, strides, padding="same", use_bias=False)(x)
+        return layers.BatchNormalization(momentum=0.9)(x)
+
+    inputs = keras.Input(input_shape)
+    x = layers.ReLU()(conv(inputs, width, size=5, strides=stem))
+    for filters in (2 * width, 4 * width):
+        y = conv(layers.ReLU()(conv(x, filters, strides=2)), filters)
+        x = layers.ReLU()(layers.Add()([y, conv(x, filters, size=1, strides=2)]))
+    return keras.Model(inputs, layers.Dense(num_classes)(layers.GlobalAveragePooling2D()(x)))
+
+
 def _find(name):
     """The path of `<name>.npz`, or `None`."""
     root = pathlib.Path(__file__).resolve().parent.parent

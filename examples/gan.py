@@ -10,7 +10,7 @@ is to leave some of them out. The step is one function, the same on every backen
 The picture shows what the generator makes, without a method and with one.
 """
 
-from common import parse, save
+from common import compiled, parse, save
 
 args = parse(
     __doc__,
@@ -40,19 +40,6 @@ def real_points(rng, n):
 def network(inputs, outputs):
     hidden = [layers.Dense(64, "relu") for _ in range(2)]
     return keras.Sequential([keras.Input((inputs,)), *hidden, layers.Dense(outputs)])
-
-
-def compiled(fn):
-    """The function as the backend compiles it."""
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.jit(fn)
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return tf.function(fn)
-    return fn
 
 
 def update(optimizer, direction, variables, w, slots):

@@ -11,14 +11,16 @@ BACKENDS = ("tensorflow", "jax", "torch")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 
-def parse(description):
+def parse(description, **more):
     """Read the arguments, and set the backend before Keras is imported.
 
     Args:
         description: the docstring of the script.
+        **more: further options of a script, and for each a dictionary of
+            arguments of `argparse.ArgumentParser.add_argument`.
 
     Returns:
-        A namespace with `quick`, `seeds` and `output`.
+        A namespace with `quick`, `seeds` and `output`, and the further ones.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--backend", choices=BACKENDS, help="default: as Keras")
@@ -30,6 +32,8 @@ def parse(description):
         default=pathlib.Path("results") / "reproduce",
         help="the folder for JSON and picture; what is in the JSON already is not run again",
     )
+    for name, arguments in more.items():
+        parser.add_argument(f"--{name}", **arguments)
     args = parser.parse_args()
     if args.seeds is not None and args.seeds < 2:
         parser.error(f"--seeds must be at least 2, for a standard error. Received: {args.seeds}")

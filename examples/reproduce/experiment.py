@@ -68,32 +68,52 @@ class Trainer:
         follow: function of the network that returns a dictionary of numbers,
             called after each epoch of all runs but those of the search, whose
             values are kept as lists. Defaults to `None`.
+        augment: function of a NumPy generator and a batch of training images
+            that returns other ones. Defaults to `None`.
+        contestants: dictionary from further names, to be given for a method,
+            to functions without arguments that make the method or policy.
+            Defaults to `None`.
     """
 
     def __init__(
-        self, make_network, loss, data, batch_size, weight_decay=None, measure=None, follow=None
+        self,
+        make_network,
+        loss,
+        data,
+        batch_size,
+        weight_decay=None,
+        measure=None,
+        follow=None,
+        augment=None,
+        contestants=None,
     ):
         self.make_network, self.data, self.batch_size = make_network, data, batch_size
-        self.measure, self.follow = measure, follow
+        self.measure, self.follow, self.augment = measure, follow, augment
+        self.contestants = contestants or {}
+        self._loss, self._weight_decay = loss, weight_decay
         self.model = keras_sharp.SharpnessAwareModel(make_network(), method=None)
-        self.model.compile(
-            keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=weight_decay),
-            loss,
-            metrics=["accuracy"],
-            # On a CPU, the convolutions of XLA are slower than those of TensorFlow itself.
-            jit_compile="auto" if keras.backend.backend() == "jax" else False,
-        )
+        self.compile(self.model)
         self._method = "sgd"
         # The first `fit` of a model builds it, which draws random numbers. After this, a seed
         # gives the same training whatever came before it.
         x, y = data["train"]
         self.model.fit(x[:batch_size], y[:batch_size], batch_size=batch_size, verbose=0)
 
+    def compile(self, model):
+        """Compile a model as that of the trainings."""
+        model.compile(
+            keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=self._weight_decay),
+            self._loss,
+            metrics=["accuracy"],
+            # On a CPU, the convolutions of XLA are slower than those of TensorFlow itself.
+            jit_compile="auto" if keras.backend.backend() == "jax" else False,
+        )
+
     def __call__(self, method, setting, seed, epochs, test):
         """Train once.
 
         Args:
-            method: one of `METHODS`.
+            method: one of `METHODS`, or of the contestants.
             setting: dictionary with `"learning_rate"` and the numbers of the
                 method.
             seed: Integer, of the initial weights and the order of the images.
@@ -116,10 +136,7 @@ class Trainer:
                     on_epoch_end=lambda *_: seen.append(self.follow(self.model.model))
                 )
             )
-        x, y = self.data["train"]
-        logs = self.model.fit(
-            x, y, batch_size=self.batch_size, epochs=epochs, callbacks=callbacks, verbose=0
-        ).history
+        logs = self.fit(self.model, self.data["train"], seed, epochs, callbacks).history
         result = {"train_loss": logs["loss"][-1]}
         for name in ("validation", "test") if test else ("validation",):
             x, y = self.data[name]
@@ -130,19 +147,61 @@ class Trainer:
         result = {name: float(value) for name, value in result.items()}
         return result | {name: [float(one[name]) for one in seen] for name in (seen or [{}])[0]}
 
+    def fit(self, model, data, seed, epochs=1, callbacks=()):
+        """Train a model on `(x, y)` as in the trainings, with the images augmented anew."""
+        options = {"epochs": epochs, "callbacks": list(callbacks), "verbose": 0}
+        if self.augment is None:
+            return model.fit(*data, batch_size=self.batch_size, **options)
+        return model.fit(Augmented(*data, self.batch_size, self.augment, seed), **options)
+
     def reset(self, method, setting, seed):
         """Start anew: the arguments are those of a call."""
         numbers = {name: value for name, value in setting.items() if name != "learning_rate"}
         if method != self._method:
-            self.model.method = None if method == "sgd" else keras_sharp.methods.get(method)
+            make = self.contestants.get(method, lambda: None if method == "sgd" else method)
+            self.model.method = make()
             self._method = method
         for name, value in numbers.items():
             setattr(self.model.method, name, value)
         keras.utils.set_random_seed(seed)
         self.model.model.set_weights(self.make_network().get_weights())
-        for variable in [*self.model.optimizer.variables, self.model.highest_learning_rate]:
+        memory = self.model.method_state
+        for variable in [
+            *self.model.optimizer.variables,
+            self.model.highest_learning_rate,
+            *memory,
+        ]:
             variable.assign(np.zeros(variable.shape))
+        if self.model.method.draws_random_numbers:
+            memory[-1].assign(seed)  # Where its random numbers begin.
         self.model.optimizer.learning_rate = setting["learning_rate"]
+
+
+class Augmented(keras.utils.PyDataset):
+    """Batches of images, shuffled and augmented anew in each epoch.
+
+    Args:
+        x, y: images and labels.
+        batch_size: Integer.
+        augment: see `Trainer`.
+        seed: Integer, of the order and of the augmentation.
+    """
+
+    def __init__(self, x, y, batch_size, augment, seed):
+        super().__init__()
+        self._x, self._y, self._batch_size, self._augment = x, y, batch_size, augment
+        self._random = np.random.default_rng(seed)
+        self.on_epoch_end()
+
+    def __len__(self):
+        return -(-len(self._x) // self._batch_size)
+
+    def __getitem__(self, index):
+        chosen = self._order[index * self._batch_size : (index + 1) * self._batch_size]
+        return self._augment(self._random, self._x[chosen]), self._y[chosen]
+
+    def on_epoch_end(self):
+        self._order = self._random.permutation(len(self._x))
 
 
 class Study:
@@ -236,10 +295,14 @@ class Study:
         left = np.mean(self._seconds) * max(self.total - done, 0) / 60
         where = " ".join(f"{entry[name]}" for name in ("data", "stage", "method") if name in entry)
         numbers = " ".join(f"{name} {value:g}" for name, value in entry["setting"].items())
-        accuracy = entry.get("test_accuracy", entry["validation_accuracy"])
+        known = (
+            f"{data}_{what}" for what in ("accuracy", "loss") for data in ("test", "validation")
+        )
+        name = next(name for name in (*known, "train_loss") if name in entry)
         print(
             f"[{done:>3}/{self.total}] {where:<34} {numbers:<44} seed {entry['seed']:<3} "
-            f"accuracy {accuracy:.4f}  {entry['seconds']:.1f} s, {left:.0f} min to go",
+            f"{name.split('_')[1]} {entry[name]:.4f}  {entry['seconds']:.1f} s, "
+            f"{left:.0f} min to go",
             flush=True,
         )
 

@@ -37,28 +37,12 @@ RHO, SCALED_RHO = (0.03, 0.3), (0.15, 1.5)
 SEEDS = args.seeds or (2 if args.quick else 3)
 
 
-def make_network(shape):
-    """A stem of stride 4 and two residual blocks, each of half the size and twice the width."""
-    layers, width = keras.layers, SETTINGS["width"]
-
-    def conv(x, filters, size=3, strides=1):
-        x = layers.Conv2D(filters, size, strides, padding="same", use_bias=False)(x)
-        return layers.BatchNormalization(momentum=0.9)(x)
-
-    inputs = keras.Input(shape)
-    x = layers.ReLU()(conv(inputs, width, size=5, strides=4))
-    for filters in (2 * width, 4 * width):
-        y = conv(layers.ReLU()(conv(x, filters, strides=2)), filters)
-        x = layers.ReLU()(layers.Add()([y, conv(x, filters, size=1, strides=2)]))
-    return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
-
-
 def make_trainer(name):
     n, more = SETTINGS["train"], SETTINGS["validation"]
     (x, y), test = datasets.load_images(name, n + more, SETTINGS["test"])
     train = x[:n], y[:n]
     trainer = Trainer(
-        lambda: make_network(x.shape[1:]),
+        lambda: datasets.make_resnet(x.shape[1:], SETTINGS["width"]),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         {"train": train, "validation": (x[n:], y[n:]), "test": test},
         SETTINGS["batch_size"],

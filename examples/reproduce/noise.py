@@ -1,0 +1,84 @@
+"""Fashion-MNIST with wrong labels: the data, the network and what is searched."""
+
+import datasets
+import keras
+import numpy as np
+from experiment import Trainer
+
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+#: The learning rate that does well with the right labels.
+USUAL = 0.1
+#: Down to where plain training is at its best: a small learning rate, too, keeps the network from
+#: learning wrong labels by heart, and a range that ends above it would flatter the other methods.
+LEARNING_RATE = (0.003, 0.3)
+RHO, SCALED_RHO = (0.05, 0.6), (0.3, 4.0)
+
+
+def settings(quick, shares):
+    """What all trainings have in common.
+
+    Args:
+        quick: Boolean, whether to be done in a minute.
+        shares: list of floats, how many labels are wrong.
+
+    Returns:
+        A dictionary.
+    """
+    return {
+        "data": "digits" if quick else "fashion_mnist",
+        "train": 200 if quick else 2000,
+        "validation": 100 if quick else 1000,
+        "test": 100 if quick else 2000,
+        "shares": shares,
+        "filters": [4, 8] if quick else [32, 64, 128],
+        "epochs": 2 if quick else 25,
+        "batch_size": 50 if quick else 64,
+        "searched": 2 if quick else 6,
+    }
+
+
+def make_trainer(settings, share, contestants=None):
+    """A trainer for a share of wrong labels; see `Trainer` for the contestants."""
+    n, more = settings["train"], settings["validation"]
+    (x, y), test = datasets.load_images(settings["data"], n + more, settings["test"])
+    labels = datasets.mislabel(y, share)
+    wrong = np.flatnonzero(labels[:n] != y[:n])
+    train, validation = (x[:n], labels[:n]), (x[n:], labels[n:])
+
+    def make_network():
+        return datasets.make_network(x.shape[1:], settings["filters"])
+
+    def accuracy(network, images, labels):
+        predictions = network.predict(images, batch_size=1000, verbose=0)
+        return float(np.mean(np.argmax(predictions, -1) == labels))
+
+    def follow(network):
+        memorized = accuracy(network, x[wrong], labels[wrong]) if len(wrong) else 0.0
+        return {
+            "test_accuracies": accuracy(network, *test),
+            "validation_accuracies": accuracy(network, *validation),
+            "memorized": memorized,
+        }
+
+    return Trainer(
+        make_network,
+        LOSS,
+        {"train": train, "validation": validation, "test": test},
+        settings["batch_size"],
+        follow=follow,
+        contestants=contestants,
+    )
+
+
+def settings_of(method, searched):
+    """What is tried with a method: as many values of one number for each."""
+    if method == "sgd":
+        return around("learning_rate", LEARNING_RATE, searched)
+    scaled = method in ("asam", "adaptive_gsam")
+    return around("rho", SCALED_RHO if scaled else RHO, searched)
+
+
+def around(name, ends, searched, usual=USUAL):
+    """Settings with the values of one number, evenly spread on a logarithmic scale."""
+    values = np.geomspace(*ends, searched)
+    return [{"learning_rate": usual, name: float(f"{value:.3g}")} for value in values]
