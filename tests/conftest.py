@@ -1,6 +1,7 @@
 """What every test starts from: known seeds, Keras as it comes, full precision; and float64."""
 
 import contextlib
+import gc
 
 import keras
 import numpy as np
@@ -11,15 +12,12 @@ from tests import models
 from tests.models import BACKEND
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Tests stay on their backends; a variant that this one takes is marked."""
+    """Tests stay on their backends."""
     for item in items:
         for mark in item.iter_markers("backends"):
             if BACKEND not in mark.args:
                 item.add_marker(pytest.mark.skip(reason=f"on {' and '.join(mark.args)} only"))
-        if item.get_closest_marker("variant") and models.home_of(item) == BACKEND:
-            item.add_marker("at_home")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -49,6 +47,8 @@ def _memory():
 
         jax.clear_caches()
     keras.utils.clear_session()  # It collects the garbage, too.
+    # What is left, millions of objects in the end, need not be looked through by each collection.
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ tools, and puts everything back; the formulas are NumPy on one long vector.
 """
 
 import contextlib
-import zlib
 
 import keras
 import numpy as np
@@ -23,29 +22,14 @@ BACKENDS = ("tensorflow", "jax", "torch")
 # Which tests run where
 
 
-def variant(*values, id=None, marks=()):
-    """Parameters of a slow test that say little beyond the others.
-
-    Where all backends run, each variant is tried on one of them: see `home_of`.
-    """
-    return pytest.param(*values, id=id, marks=[pytest.mark.slow, pytest.mark.variant, *marks])
-
-
-def as_variant(test):
-    """A decorator: the same for a whole test, such as one of a long program."""
-    return pytest.mark.slow(pytest.mark.variant(test))
+def slow(*values, id=None, marks=()):
+    """Parameters of a test that is slow with them."""
+    return pytest.param(*values, id=id, marks=[pytest.mark.slow, *marks])
 
 
 def on(*backends):
     """A decorator: the test, or the parameter, is there on these backends only."""
     return pytest.mark.backends(*backends)
-
-
-def home_of(item):
-    """Which backend takes a variant, of those that have it."""
-    marks = list(item.iter_markers("backends"))
-    backends = [b for b in BACKENDS if all(b in mark.args for mark in marks)]
-    return backends[zlib.crc32(item.nodeid.encode()) % len(backends)]
 
 
 # Compiled or not
@@ -54,7 +38,7 @@ def home_of(item):
 #: itself, which spares the compilation of dozens of tiny models; the slow ones compile.
 MODES = ["as_written"]
 if BACKEND != "torch":
-    MODES += [variant("compiled", marks=[on("tensorflow", "jax")])]
+    MODES += [slow("compiled", marks=[on("tensorflow", "jax")])]
 
 
 @contextlib.contextmanager

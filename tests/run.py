@@ -7,6 +7,8 @@
 As many backends run at a time as there are processor cores; each line of output
 says whose it is. What stands after `--` goes to pytest. Without paths there, it runs all of
 `tests/`, the doctests of the package, and the code in README.md and docs/.
+
+With all backends, each slow test is run by one of them (see `shares`); with one, all are.
 """
 
 import argparse
@@ -18,19 +20,27 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 
+import shares
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BACKENDS = ("tensorflow", "jax", "torch")
 #: What the last run of each backend came to, in the format of JUnit.
 REPORTS = ROOT / "build" / "reports"
+#: Which slow tests each backend has, and which of them it leaves to others.
+SHARES = ROOT / "build" / "shares"
 
 
 def main():
     args = parse_arguments(sys.argv[1:])
     backends = args.backend or BACKENDS
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        shares = set(backends) == set(BACKENDS)
+        left_out = {}
+        if set(backends) == set(BACKENDS) and not args.quick:
+            slow = pool.map(lambda backend: list_slow(backend, args.pytest), backends)
+            left_out = shares.left_to_others(dict(zip(backends, slow, strict=True)))
         outcomes = pool.map(
-            lambda backend: run(backend, args.quick, args.pytest, shares=shares), backends
+            lambda backend: run(backend, args.quick, args.pytest, left_out=left_out.get(backend)),
+            backends,
         )
         results = dict(zip(backends, outcomes, strict=True))
     print("\n==== summary ====")
@@ -60,16 +70,33 @@ def parse_arguments(arguments):
     return args
 
 
-def run(backend, quick, pytest_arguments, python=sys.executable, shares=False):
+def list_slow(backend, pytest_arguments):
+    """The names of the slow tests that a backend has."""
+    path = SHARES / f"{backend}.txt"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-p", "tests.shares", "-m", "slow", "-qq"]
+    command += ["--collect-only", f"--list-slow={path}", *pytest_arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(backend), capture_output=True, text=True, check=False
+    )
+    if not path.exists():
+        sys.exit(f"The tests of {backend} could not be collected:\n{done.stdout}{done.stderr}")
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def run(backend, quick, pytest_arguments, python=sys.executable, left_out=None):
     """Run pytest on one backend: the counts, the seconds, and "ok" or what is wrong.
 
-    With `shares`, a variant of a slow test is left to the backend that takes it.
+    Tests whose names are in `left_out` are left to another backend.
     """
     report = REPORTS / f"{backend}.xml"
     report.unlink(missing_ok=True)
-    which = "not slow" if quick else "not variant or at_home" if shares else ""
-    command = [python, "-m", "pytest", "-m", which]
+    command = [python, "-m", "pytest", "-m", "not slow" if quick else ""]
     command += [*pytest_arguments, f"--junitxml={report}"]
+    if left_out is not None:
+        path = SHARES / f"{backend}_leaves_out.txt"
+        path.write_text("\n".join(left_out), encoding="utf-8")
+        command += ["-p", "tests.shares", f"--leave-out={path}"]
     start = time.perf_counter()
     code = show(command, backend)
     seconds = time.perf_counter() - start

@@ -59,6 +59,7 @@ def state(model):
 
 
 @AS_WRITTEN
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "plain"])
 def test_a_run_that_was_interrupted_goes_on(wrapped, tmp_path):
     def others():

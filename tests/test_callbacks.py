@@ -270,9 +270,7 @@ def test_a_switch_keeps_weights_optimizer_and_statistics(switch):
 
 
 @models.on("tensorflow", "jax")  # PyTorch is eager in any case.
-@pytest.mark.parametrize(
-    "switch", [s if s == "sam_to_asam" else models.variant(s) for s in SWITCHES]
-)
+@pytest.mark.parametrize("switch", [s if s == "sam_to_asam" else models.slow(s) for s in SWITCHES])
 def test_a_switch_keeps_weights_optimizer_and_statistics_compiled(switch):
     check_switch(*SWITCHES[switch])
 

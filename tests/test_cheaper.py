@@ -382,13 +382,15 @@ def test_with_every_method_a_policy_trains_and_is_saved(name, policy, tmp_path):
     check_policy(name, policy, tmp_path)
 
 
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", ["sam", models.variant("looksam")])
+@pytest.mark.parametrize("name", ["sam", models.slow("looksam")])
 def test_a_policy_trains_and_is_saved_compiled(name, policy, tmp_path):
     check_policy(name, policy, tmp_path)
 
 
+@pytest.mark.slow
 def test_asked_at_each_step_a_method_is_itself():
     expected = train("bsam").model.variables
     for policy in (P.Every("bsam", 1), P.From("bsam", 0), P.WithProbability("bsam", 1.0)):
@@ -569,6 +571,7 @@ def test_esam_hears_all_examples_where_nothing_is_perturbed():
     np.testing.assert_array_equal(values(inner.trainable_variables)[0], 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras has no sparse inputs on PyTorch")
 @pytest.mark.parametrize("mode", ["as_written", "compiled"])
 def test_esam_selects_sparse_examples_as_dense_ones(mode):
@@ -616,6 +619,7 @@ def test_esam_perturbs_a_share_of_the_entries():
     np.testing.assert_allclose(e[moved], 0.5 / 0.3 / np.sqrt(size), rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["mse", keras.losses.Huber(), lambda y, p: ops.abs(y - p)[:, 0]])
 def test_esam_takes_any_loss_of_one_output(loss):
     model = SharpnessAwareModel(models.mlp(), M.ESAM(0.1), num_micro_batches=2)

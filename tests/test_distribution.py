@@ -26,7 +26,8 @@ TOPOLOGIES = worker.TOPOLOGIES[BACKEND]
 #: Cases with every topology that trains them.
 ALL = [(t, case) for t in TOPOLOGIES for case in worker.cases(BACKEND, t)]
 
-slow = pytest.mark.slow
+#: Devices and processes are the business of each backend by itself.
+slow = pytest.mark.slow(everywhere=True)
 
 
 class Outcome:
@@ -190,7 +191,9 @@ def test_global_scope_equals_one_device(outcome, topology, case):
 def by_hand(case, num_replicas):
     """Weights and logs of m-sharpness: one direction per part of a batch, averaged."""
     wrapper = worker.make(case)
-    model, method = wrapper.model, worker.CASES[case][0].get("method", "sam")
+    arguments = worker.CASES[case][0]
+    how = {"method": arguments.get("method", "sam"), "takes_part": arguments.get("perturb")}
+    model = wrapper.model
     model.optimizer.build(model.trainable_variables)
     parts = num_replicas * wrapper.num_micro_batches
     x, y = worker.data(case)
@@ -198,7 +201,7 @@ def by_hand(case, num_replicas):
         before, after, directions = values(model.non_trainable_variables), [], []
         for part in np.split(batch, parts):
             models.assign(model.non_trainable_variables, before)
-            _, d = models.direction_by_hand(model, x[part], y[part], method=method)
+            _, d = models.direction_by_hand(model, x[part], y[part], **how)
             directions.append(d)
             after.append(values(model.non_trainable_variables))
         for i, v in enumerate(model.non_trainable_variables):
@@ -323,7 +326,9 @@ def test_a_product_with_the_hessian_sends_one_message(outcome):
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="a matter of keras.distribution")
-@pytest.mark.parametrize("case", worker.EVERY_METHOD)
+@pytest.mark.parametrize(
+    "case", [case for t, case in ALL if t == "model_parallel" and case in worker.EVERY_METHOD]
+)
 @slow
 def test_weights_and_their_momentum_keep_their_layouts(outcome, case):
     layouts = outcome("model_parallel").replicas(case, "layouts")[0].tolist()

@@ -328,6 +328,7 @@ def test_a_wrapped_torch_module_is_refused():
         model.fit(X, Y, verbose=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("jax") is None, reason="the NumPy backend of Keras imports JAX"
 )

@@ -66,7 +66,7 @@ CASES = {
 EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
 #: For what takes long, as compiling does: the method with the most passes stands for all.
 MOST_METHODS = pytest.mark.parametrize(
-    "name", [n if n == "bsam" else models.variant(n) for n in METHODS]
+    "name", [n if n == "bsam" else models.slow(n) for n in METHODS]
 )
 AS_WRITTEN = pytest.mark.usefixtures("as_written")
 COMPILED = models.on("tensorflow", "jax")  # PyTorch is eager in any case.
@@ -97,7 +97,7 @@ def every_combination(*variants, typical=2):
                 usual = bool(own) or region in ("ball_2", "adaptive_inf")
                 slow = (name == "sam") + usual + (variant == variants[0]) < typical
                 slow = slow or variant == "three_steps_second_order"
-                parameters = models.variant if slow else pytest.param
+                parameters = models.slow if slow else pytest.param
                 combinations.append(
                     parameters(name, region, VARIANTS[variant], id=f"{name}-{region}-{variant}")
                 )

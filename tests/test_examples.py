@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from tests.distributed.launch import Processes, free_ports
-from tests.models import as_variant
 
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -46,6 +45,7 @@ def start(command, cwd):
     return done
 
 
+@pytest.mark.slow
 def test_quickstart_prints_its_table_and_saves_its_picture(tmp_path):
     backend = keras.backend.backend()
     arguments = ["--backend", backend, "--dataset", "digits", "--quick", "--seed", "3"]
@@ -79,7 +79,7 @@ def test_a_share_of_labels_is_wrong():
     np.testing.assert_array_equal(datasets.mislabel(labels, 0.0), labels)
 
 
-@as_variant
+@pytest.mark.slow
 def test_what_tensorboard_is_to_show_is_written(tmp_path):
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     done = run("watch_in_tensorboard.py", "--quick", cwd=tmp_path)
@@ -95,7 +95,7 @@ def test_quickstart_refuses_a_method_that_does_not_exist(tmp_path):
     assert "sma" in done.stderr
 
 
-@as_variant
+@pytest.mark.slow
 def test_see_the_sharpness_prints_its_table_and_saves_its_pictures(tmp_path):
     backend = keras.backend.backend()
     done = run(
@@ -199,7 +199,7 @@ else:
 """
 
 
-@as_variant
+@pytest.mark.slow
 def test_a_task_of_keras_hub_is_tuned(tmp_path):
     out = run_quickly(
         "fine_tune_keras_hub.py", "--dataset", "fashion_mnist", cwd=tmp_path, fashion_mnist=(28, 28)
@@ -289,6 +289,7 @@ def test_a_method_of_ones_own(tmp_path):
     assert len({row.split(":")[1] for row in rows}) == 3
 
 
+@pytest.mark.slow
 def test_a_training_loop_of_ones_own(tmp_path):
     out = run_quickly("training_loop.py", cwd=tmp_path)
     losses = re.findall(r"(no adversary|SAM|GSAM): loss (0\.\d+), test accuracy 0\.[5-9]", out)
@@ -296,7 +297,7 @@ def test_a_training_loop_of_ones_own(tmp_path):
     assert len({loss for _, loss in losses}) == 3
 
 
-@as_variant
+@pytest.mark.slow
 def test_a_gan(tmp_path):
     out = run_quickly("gan.py", "--method", "gsam", "--rho", "0.2", cwd=tmp_path)
     assert "100 steps of 256 points" in out
@@ -321,7 +322,7 @@ def test_choose_rho_recommends_one_and_trains_with_it(tmp_path):
     assert (tmp_path / "results" / "choose_rho.png").stat().st_size > 10_000
 
 
-@as_variant
+@pytest.mark.slow
 def test_keras_tuner_searches_for_method_and_rho(tmp_path):
     pytest.importorskip("keras_tuner", reason="KerasTuner is not installed")
     if BACKEND == "tensorflow":
@@ -341,6 +342,7 @@ def test_keras_tuner_searches_for_method_and_rho(tmp_path):
     assert tables[0].count("0.") >= 3
 
 
+@pytest.mark.slow
 def test_without_keras_tuner_one_line_tells_what_to_install(tmp_path):
     (tmp_path / "no_tuner.py").write_text(
         "import importlib.util, runpy, sys\n"
@@ -367,7 +369,7 @@ def test_the_path_of_training(tmp_path):
     assert 0.5 < first + second <= 1
 
 
-@as_variant
+@pytest.mark.slow
 def test_rho_is_converted_by_length_slope_and_rise(tmp_path):
     out = run_quickly("units_of_rho.py", "--rho", "0.2", cwd=tmp_path)
     _, *tables = out.split("After epoch ")
@@ -398,6 +400,7 @@ def test_rho_is_converted_by_length_slope_and_rise(tmp_path):
     assert numbers["measured"][1]["table"]["SAM"]["length"] == pytest.approx(1.0, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_distributed_example_runs_on_one_machine(tmp_path):
     backend = keras.backend.backend()
     if backend == "torch":

@@ -6,10 +6,11 @@ from tests.fuzz import fuzzer, known
 from tests.fuzz.cases import NEWER_FROM, generate, lean, sensible
 from tests.models import BACKEND
 
-#: Each group tells of all its failures. JAX compiles all of them, and takes three times as long.
-GROUPS = [range(first, first + (3 if BACKEND == "jax" else 8)) for first in (0, 8, NEWER_FROM)]
+#: Each group tells of all its failures.
+GROUPS = [range(first, first + 4) for first in (0, 4, 8, NEWER_FROM, NEWER_FROM + 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", GROUPS, ids=lambda seeds: f"seeds {seeds[0]} to {seeds[-1]}")
 def test_random_programs_train_as_plain_keras_and_the_formulas_say(seeds):
     failures = []

@@ -95,12 +95,17 @@ CASES = {
     "warm-up": lambda: methods.BSAM(WarmUp(0.3, steps=3)),
     "memory": lambda: Average(0.3),
 }
+#: One of each kind.
+TYPICAL = ("plain", "sam", "bsam", "looksam", "three steps of second order", "schedule", "memory")
 
 
 @AS_WRITTEN
 @pytest.mark.parametrize(
     ("case", "build"),
-    [(case, models.batchnorm_net) for case in CASES]
+    [
+        (pytest.param if case in TYPICAL else models.slow)(case, models.batchnorm_net)
+        for case in CASES
+    ]
     + [(case, dropout_net) for case in ("sam", "three steps", "second order")],
 )
 def test_a_loop_by_hand_takes_the_steps_of_the_wrapper(case, build):

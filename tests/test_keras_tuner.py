@@ -96,9 +96,10 @@ def check_best(tuner, epochs):
     model.fit(*TRAIN, verbose=0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Skipping variable loading:UserWarning")
 @pytest.mark.parametrize(
-    "build", [build_with_inputs, models.variant(build)], ids=["built", "built by fit"]
+    "build", [build_with_inputs, models.slow(build)], ids=["built", "built by fit"]
 )
 def test_a_search_gives_its_best_model_back(build, tmp_path):
     watch = Watch()
@@ -111,7 +112,7 @@ def test_a_search_gives_its_best_model_back(build, tmp_path):
     check_best(random_search(tmp_path, build), watch.epochs)  # As in another process.
 
 
-@models.as_variant
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on(tmp_path):
     first, second = Watch(stop_after=5), Watch()
     with pytest.raises(KeyboardInterrupt):
@@ -122,7 +123,7 @@ def test_an_interrupted_search_goes_on(tmp_path):
     check_best(tuner, [*first.epochs[:3], *second.epochs])
 
 
-@models.as_variant  # Two dozen models: where they are compiled, it takes minutes.
+@pytest.mark.slow  # Two dozen models: where they are compiled, it takes minutes.
 def test_hyperband_goes_on_with_the_rho_and_the_step_that_a_trial_had(tmp_path):
     seen = []
 

@@ -11,7 +11,7 @@ from keras import layers
 
 from keras_sharp import SharpnessAwareModel, methods
 from tests import models
-from tests.models import BACKEND, assert_close, assert_same, twins, values, variant
+from tests.models import BACKEND, assert_close, assert_same, slow, twins, values
 
 COMPILED = pytest.mark.parametrize("mode", ["compiled"], indirect=True)
 AS_WRITTEN = pytest.mark.parametrize("mode", ["as_written"], indirect=True)
@@ -66,10 +66,10 @@ def step_by_hand(model, batch, parts, **kwargs):
     [
         ("sam", 3),
         ("bsam", 2),
-        variant("sam", 2),
-        variant("sam", 8),
-        variant("gsam", 2),
-        variant("gsam", 3),
+        slow("sam", 2),
+        slow("sam", 8),
+        slow("gsam", 2),
+        slow("gsam", 3),
     ],
 )
 def test_the_direction_is_the_mean_of_those_of_the_parts(method, parts):
@@ -90,7 +90,7 @@ def test_the_direction_is_the_mean_in_compiled_functions():
     assert_close(wrapper.model.variables, copy.variables)
 
 
-@pytest.mark.parametrize("parts", [variant(2), 3])
+@pytest.mark.parametrize("parts", [slow(2), 3])
 def test_at_rho_zero_the_step_is_that_of_the_whole_batch(parts):
     wrapper, plain = pair(models.mlp, parts, methods.SAM(rho=0.0))
     batch = models.regression()
@@ -99,7 +99,7 @@ def test_at_rho_zero_the_step_is_that_of_the_whole_batch(parts):
     assert_close(wrapper.model.variables, plain.variables)
 
 
-@pytest.mark.parametrize("method", ["sam", variant("gsam")])
+@pytest.mark.parametrize("method", ["sam", slow("gsam")])
 def test_equal_examples_give_the_same_step_for_any_number_of_parts(method):
     batch = np.ones((8, 3), "float32"), np.full((8, 1), 2.0, "float32")
     results = []
@@ -115,7 +115,7 @@ def test_equal_examples_give_the_same_step_for_any_number_of_parts(method):
 
 @pytest.mark.parametrize(
     ("examples", "batch_size", "parts"),
-    [(11, 4, 2), (10, 8, 3), variant(10, 4, 2), variant(9, 4, 2), variant(13, 5, 4)],
+    [(11, 4, 2), (10, 8, 3), slow(10, 4, 2), slow(9, 4, 2), slow(13, 5, 4)],
     ids=["last_does_not_divide", "last_of_two", "last_divides", "last_of_one", "last_of_three"],
 )
 def test_partial_last_batches_are_weighted_by_size(examples, batch_size, parts):
@@ -309,7 +309,7 @@ def test_one_part_that_is_not_finite_skips_the_whole_step():
     assert_same(wrapper.model.variables, plain.variables, bits=True)
 
 
-@pytest.mark.parametrize("parts", [variant(2), 3])
+@pytest.mark.parametrize("parts", [slow(2), 3])
 def test_loss_and_metrics_are_those_of_the_whole_batch(parts):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     wrapper, plain = pair(

@@ -85,6 +85,7 @@ def test_the_wheel_says_what_it_is_and_what_it_needs(wheel):
     assert [re.split(r"[<>=]", r)[0] for r in needed] == ["keras", "numpy"], "a backend is a choice"
 
 
+@pytest.mark.slow
 def test_the_wheel_trains_where_nothing_of_the_checkout_is(wheel, tmp_path):
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]

@@ -267,7 +267,11 @@ def tokens_and_targets(model):
 @PARTS
 @pytest.mark.parametrize(
     ("build", "mode"),
-    [(tagger, "as_written"), (attention, "as_written"), (two_taggers, "compiled")],
+    [
+        (tagger, "as_written"),
+        models.slow(attention, "as_written"),
+        models.slow(two_taggers, "compiled"),
+    ],
     indirect=["mode"],
 )
 def test_metrics_of_training_leave_masked_steps_out(build, parts):

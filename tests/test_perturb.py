@@ -111,9 +111,11 @@ COUNTS = {
     "grad_norm_is_of_all": (M.SAM, {"extra_logs": ["grad_norm"]}, 2),
     "grad_cosine_is_of_all": (M.SAM, {"extra_logs": ["grad_cosine"]}, 2),
 }
+#: One of each kind.
+TYPICAL = ("all", "sam", "gsam_needs_all", "every", "micro_batches", "grad_norm_is_of_all")
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", [n if n in TYPICAL else models.slow(n) for n in COUNTS])
 def test_the_first_pass_takes_the_gradient_of_perturbed_weights_alone(name):
     """Counted in the compiled program on TensorFlow and JAX."""
     make, kwargs, expected = COUNTS[name]

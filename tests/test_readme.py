@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests import features
+from tests import features, models
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -58,7 +58,11 @@ def small_presets(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_presets")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page",
+    [PAGES[0], *map(models.slow, PAGES[1:])],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
 def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
@@ -78,6 +82,7 @@ def test_the_table_of_what_works_has_every_feature():
         assert any(count != "-" for count in counts), feature
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_methods_are_those_of_their_classes():
     path = ROOT / "docs" / "tables.py"
     spec = importlib.util.spec_from_file_location("tables", path)

@@ -172,6 +172,7 @@ def everything(model):
     return values([*model.variables, *model.optimizer.variables, *model.metrics_variables])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "method"), [(models.batchnorm_net, "bsam"), (models.dropout_net, "sam")]
 )

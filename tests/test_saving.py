@@ -13,7 +13,7 @@ from keras import layers, ops
 
 from keras_sharp import SharpnessAwareModel, callbacks, methods, saving, schedules
 from tests import models
-from tests.models import BACKEND, assert_close, assert_same, variant
+from tests.models import BACKEND, assert_close, assert_same, slow
 
 FIT = {"batch_size": 4, "shuffle": False, "verbose": 0}
 
@@ -104,7 +104,7 @@ def assert_equal_training(one, other):
 # Trained, saved, loaded, trained on
 
 
-@pytest.mark.parametrize("method", ["gsam", "remembers", variant("sam"), variant("bsam")])
+@pytest.mark.parametrize("method", ["gsam", "remembers", slow("sam"), slow("bsam")])
 def test_ten_steps_equal_five_steps_a_file_and_five_more(method, tmp_path):
     straight = make(method, extra_logs="skipped_steps")
     expected = train(straight, epochs=2)
@@ -138,7 +138,7 @@ def test_dropout_goes_on_with_the_masks_that_would_have_come(tmp_path):
     assert_equal_training(broken, straight)
 
 
-@pytest.mark.parametrize("method", ["gsam", variant("remembers")])
+@pytest.mark.parametrize("method", ["gsam", slow("remembers")])
 def test_weights_files_hold_the_whole_state(method, tmp_path):
     one, other = make(method), make(method)
     train(one)
@@ -160,7 +160,7 @@ class Interrupt(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", ["gsam", variant("sam"), variant("remembers")])
+@pytest.mark.parametrize("method", ["gsam", slow("sam"), slow("remembers")])
 def test_backup_and_restore_goes_on_after_an_interruption(method, tmp_path):
     def wrap():  # With an average of the weights, which fit puts in their place at its end.
         return make(method, adam(use_ema=True, ema_momentum=0.9))
@@ -233,9 +233,10 @@ def switch(method):
     return lambda: [callbacks.SwitchMethod({1: method()})]
 
 
+@pytest.mark.slow
 @AS_WRITTEN
 @pytest.mark.parametrize(
-    "second", ["asam", "not_registered", *map(variant, ("gsam", "plain", "remembers"))]
+    "second", ["asam", "not_registered", *map(slow, ("gsam", "plain", "remembers"))]
 )
 def test_a_run_that_is_resumed_has_the_method_that_it_had(second, tmp_path):
     straight, again, expected, logs = resumed(switch(SWITCHES[second]), (2, 0), tmp_path)
@@ -285,7 +286,7 @@ def test_a_scheduled_rho_goes_on_from_where_it_was(save_freq, tmp_path):
 
 
 @AS_WRITTEN
-@pytest.mark.parametrize("fresh", [True, variant(False)])
+@pytest.mark.parametrize("fresh", [True, slow(False)])
 def test_a_weights_file_brings_its_method(fresh, tmp_path):
     one = make("gsam")
     train(one)
@@ -456,7 +457,7 @@ BUILT_BY_HAND = {
 
 @AS_WRITTEN
 @pytest.mark.parametrize("kind", BUILT_BY_HAND)
-@pytest.mark.parametrize("method", ["sam", variant("remembers")])
+@pytest.mark.parametrize("method", ["sam", slow("remembers")])
 def test_a_model_that_is_built_by_hand_loads(kind, method, tmp_path):
     """As KerasTuner does with the best model."""
 
@@ -755,6 +756,7 @@ def test_the_exported_model_predicts_the_same(tmp_path):
 # A process that has not imported keras_sharp
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imported", [False, True])
 def test_the_error_of_a_process_without_the_import_names_the_package(imported, tmp_path):
     path = str(tmp_path / "training.keras")
@@ -777,6 +779,7 @@ def test_the_error_of_a_process_without_the_import_names_the_package(imported, t
         assert re.search(words, done.stderr, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_network_alone_is_loaded_without_the_package(tmp_path):
     path = str(tmp_path / "network.keras")
     model = SharpnessAwareModel(models.mlp(), "gsam")

@@ -19,7 +19,7 @@ from tests.models import BACKEND, assert_close, assert_same, twins, values
 
 THREE = ["sam", "gsam", "bsam"]
 #: Where the way from a gradient to the direction makes little difference.
-SAM_AND_SLOW = ["sam", *map(models.variant, ("gsam", "bsam"))]
+SAM_AND_SLOW = ["sam", *map(models.slow, ("gsam", "bsam"))]
 
 #: What is run compiled in the quick tests as well, in place of the fixture's two modes.
 COMPILED = pytest.mark.parametrize("mode", ["compiled"], indirect=True)
@@ -331,6 +331,7 @@ def test_class_weights_count_in_every_pass():
     assert_close(wrapper.model.variables, copy.variables)
 
 
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize("recurrent", [layers.LSTM, layers.GRU])
 def test_masks_reach_every_pass(recurrent):
@@ -547,6 +548,7 @@ def test_float8_scales_are_not_in_the_norm():
     np.testing.assert_allclose(norm, np.linalg.norm(models.flat(weights)), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True])
 def test_lora_trains_the_adapter_only(quantized):
     def build():

@@ -73,6 +73,8 @@ class Trainer:
         contestants: dictionary from further names, to be given for a method,
             to functions without arguments that make the method or policy.
             Defaults to `None`.
+        num_micro_batches: Integer, as for `SharpnessAwareModel`. Defaults to
+            `1`.
     """
 
     def __init__(
@@ -86,12 +88,15 @@ class Trainer:
         follow=None,
         augment=None,
         contestants=None,
+        num_micro_batches=1,
     ):
         self.make_network, self.data, self.batch_size = make_network, data, batch_size
         self.measure, self.follow, self.augment = measure, follow, augment
         self.contestants = contestants or {}
         self._loss, self._weight_decay = loss, weight_decay
-        self.model = keras_sharp.SharpnessAwareModel(make_network(), method=None)
+        self.model = keras_sharp.SharpnessAwareModel(
+            make_network(), method=None, num_micro_batches=num_micro_batches
+        )
         self.compile(self.model)
         self._method = "sgd"
         # The first `fit` of a model builds it, which draws random numbers. After this, a seed
@@ -268,15 +273,21 @@ class Study:
         self._report(entry)
         return entry
 
-    def search(self, trainer, method, settings, epochs, seed=100, **tags):
-        """The best of some settings, on the validation data: by accuracy, then by loss."""
-        entries = [
-            self.run(trainer, "search", method, setting, seed, epochs, **tags)
-            for setting in settings
-        ]
-        # NaN, of a training that failed, is no loss that min could compare.
-        loss = {id(e): np.nan_to_num(e["validation_loss"], nan=np.inf) for e in entries}
-        return min(entries, key=lambda e: (-e["validation_accuracy"], loss[id(e)]))["setting"]
+    def search(self, trainer, method, settings, epochs, seeds=(100,), **tags):
+        """The best of some settings on the validation data, on average over the seeds.
+
+        By accuracy; of equal ones, by the loss.
+        """
+
+        def quality(setting):
+            runs = [
+                self.run(trainer, "search", method, setting, seed, epochs, **tags) for seed in seeds
+            ]
+            # NaN, of a training that failed, is no loss that max could compare.
+            losses = np.nan_to_num([run["validation_loss"] for run in runs], nan=np.inf)
+            return np.mean([run["validation_accuracy"] for run in runs]), -np.mean(losses)
+
+        return max(settings, key=quality)
 
     def save(self, **extra):
         """Write the JSON, with further entries at its top."""

@@ -19,25 +19,28 @@ def make_descent(losses, method):
     Returns:
         A function of the weights, rho and a vector with the learning rate of
         each step, which returns the new weights. A rho of 0 is plain gradient
-        descent.
+        descent. A fourth argument multiplies the learning rate of each weight,
+        a list of Floats.
     """
 
-    def descend(w, rho, learning_rates):
+    def descend(w, rho, learning_rates, factors):
         def step(i, w):
             directions = [
                 keras_sharp.sharpness_aware_gradient(loss, w, method, rho=rho).direction
                 for loss in losses
             ]
             return [
-                v - learning_rates[i] * sum(parts) / len(losses)
-                for v, *parts in zip(w, *directions, strict=True)
+                v - learning_rates[i] * factor * sum(parts) / len(losses)
+                for v, factor, *parts in zip(w, factors, *directions, strict=True)
             ]
 
         return ops.fori_loop(0, len(learning_rates), step, w)
 
     run = compiled(descend)
-    return lambda w, rho, learning_rates: run(
-        [ops.convert_to_tensor(v, "float32") for v in w],
-        ops.convert_to_tensor(rho, "float32"),
-        ops.convert_to_tensor(learning_rates, "float32"),
+
+    def tensors(values):
+        return [ops.convert_to_tensor(v, "float32") for v in values]
+
+    return lambda w, rho, learning_rates, factors=None: run(
+        tensors(w), *tensors([rho, learning_rates]), tensors(factors or [1.0] * len(w))
     )

@@ -14,12 +14,9 @@ import command
 
 args = command.parse(__doc__)
 
-import datasets  # noqa: E402
-import keras  # noqa: E402
 import noise  # noqa: E402
-import numpy as np  # noqa: E402
 import report  # noqa: E402
-from experiment import Study, Trainer  # noqa: E402
+from experiment import Study  # noqa: E402
 
 from keras_sharp import methods, neighborhoods  # noqa: E402
 
@@ -63,37 +60,6 @@ VARIANTS = {
 }
 
 
-def make_trainer():
-    n, more = SETTINGS["train"], SETTINGS["validation"]
-    (x, y), (x_test, y_test) = datasets.load_images(SETTINGS["data"], n + more, SETTINGS["test"])
-    labels = datasets.mislabel(y, SETTINGS["share"])
-
-    def small(images):
-        """Every other pixel of the larger ones."""
-        every = images.shape[1] // SETTINGS["pixels"]
-        return images[:, ::every, ::every]
-
-    x, x_test = small(x), small(x_test)
-
-    def make_network():
-        hidden = [keras.layers.Dense(SETTINGS["width"], "relu") for _ in range(2)]
-        return keras.Sequential(
-            [keras.Input(x.shape[1:]), keras.layers.Flatten(), *hidden, keras.layers.Dense(10)]
-        )
-
-    return Trainer(
-        make_network,
-        noise.LOSS,
-        {
-            "train": (x[:n], labels[:n]),
-            "validation": (x[n:], labels[n:]),
-            "test": (x_test, y_test),
-        },
-        SETTINGS["batch_size"],
-        contestants=VARIANTS,
-    )
-
-
 def settings_of(variant):
     """As many values of one number for each variant."""
     name, ends = ("learning_rate", "learning_rates") if variant == "sgd" else ("rho", "rhos")
@@ -103,18 +69,10 @@ def settings_of(variant):
 def main():
     total = len(VARIANTS) * (SETTINGS["searched"] * SETTINGS["search_seeds"] + SEEDS)
     study = Study(args.output / "inner_maximization.json", SETTINGS, total)
-    trainer, epochs = make_trainer(), SETTINGS["epochs"]
-
-    def validation_accuracy(variant, setting):
-        """The mean over some trainings, with seeds that the final ones do not have."""
-        runs = [
-            study.run(trainer, "search", variant, setting, 100 + seed, epochs)
-            for seed in range(SETTINGS["search_seeds"])
-        ]
-        return np.mean([run["validation_accuracy"] for run in runs])
-
+    trainer, epochs = noise.make_small_trainer(SETTINGS, VARIANTS), SETTINGS["epochs"]
+    searched_with = range(100, 100 + SETTINGS["search_seeds"])  # The final trainings have others.
     for variant in VARIANTS:
-        best = max(settings_of(variant), key=lambda setting: validation_accuracy(variant, setting))
+        best = study.search(trainer, variant, settings_of(variant), epochs, searched_with)
         for seed in range(SEEDS):
             study.run(trainer, "final", variant, best, seed, epochs)
     report.show(args.output, "inner_maximization")

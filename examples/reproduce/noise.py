@@ -70,6 +70,47 @@ def make_trainer(settings, share, contestants=None):
     )
 
 
+def make_small_trainer(settings, contestants=None, **options):
+    """The same with a network of two hidden layers, without BatchNormalization.
+
+    Args:
+        settings: dictionary with `"data"`, `"train"`, `"validation"` and
+            `"test"` (numbers of images), `"share"`, `"pixels"`, `"width"` and
+            `"batch_size"`.
+        contestants: see `Trainer`.
+        **options: further arguments of `Trainer`.
+    """
+    n, more = settings["train"], settings["validation"]
+    (x, y), (x_test, y_test) = datasets.load_images(settings["data"], n + more, settings["test"])
+    labels = datasets.mislabel(y, settings["share"])
+
+    def small(images):
+        """Every other pixel of the larger ones."""
+        every = images.shape[1] // settings["pixels"]
+        return images[:, ::every, ::every]
+
+    x, x_test = small(x), small(x_test)
+
+    def make_network():
+        hidden = [keras.layers.Dense(settings["width"], "relu") for _ in range(2)]
+        return keras.Sequential(
+            [keras.Input(x.shape[1:]), keras.layers.Flatten(), *hidden, keras.layers.Dense(10)]
+        )
+
+    return Trainer(
+        make_network,
+        LOSS,
+        {
+            "train": (x[:n], labels[:n]),
+            "validation": (x[n:], labels[n:]),
+            "test": (x_test, y_test),
+        },
+        settings["batch_size"],
+        contestants=contestants,
+        **options,
+    )
+
+
 def settings_of(method, searched):
     """What is tried with a method: as many values of one number for each."""
     if method == "sgd":

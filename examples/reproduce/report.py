@@ -25,13 +25,18 @@ from reports import (
     does_it_help,
     inner_maximization,
     label_noise,
+    m_sharpness,
     mnist_cnn,
     moons,
     relu_1d,
     sam_vs_sgd,
+    scale_invariance,
     step_cost,
+    surrogate_gap,
+    switching,
     units_of_rho,
     which_rho,
+    which_sharpness,
 )
 from results import RESULTS, ROOT
 
@@ -51,8 +56,13 @@ STUDIES = {
         sam_vs_sgd,
         which_rho,
         inner_maximization,
+        m_sharpness,
+        switching,
         diagonal_networks,
         relu_1d,
+        which_sharpness,
+        surrogate_gap,
+        scale_invariance,
     )
 }
 

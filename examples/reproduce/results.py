@@ -11,6 +11,9 @@ from scipy import stats
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "docs" / "results"
 
+#: Where SAM begins or ends, as shares of a training.
+MOMENTS = (0.2, 0.4, 0.6, 0.8, 0.9)
+
 NAMES = {
     "sgd": "SGD",
     "sam": "SAM",
@@ -25,6 +28,8 @@ NAMES = {
     "sam_5_steps": "SAM, 5 steps",
     "sam_5_parts": "SAM, 5 steps of rho / 5",
     "sam_second_order": "SAM, second order",
+    **{f"from {t:g}": f"SAM, the last {1 - t:.0%}" for t in MOMENTS},
+    **{f"until {t:g}": f"SAM, the first {t:.0%}" for t in MOMENTS},
     "cifar10": "CIFAR-10",
     "fashion_mnist": "Fashion-MNIST",
     "digits": "digits",
@@ -148,6 +153,33 @@ class Comparison(NamedTuple):
     @property
     def verdict(self):
         return verdict(self.better, self.worse, self.number.lower_is_better)
+
+
+class Correlation(NamedTuple):
+    """Whether one number of many networks ranks them as another one does: Spearman's rho.
+
+    Attributes:
+        x, y: lists of Floats, one for each network.
+        where: String, what tells this correlation from others of the claim.
+    """
+
+    x: list
+    y: list
+    where: str = ""
+
+    @property
+    def coefficient(self):
+        return float(stats.spearmanr(self.x, self.y).statistic)
+
+    @property
+    def text(self):
+        return f"{self.where}rank correlation {self.coefficient:.2f} (n = {len(self.x)})"
+
+    @property
+    def verdict(self):
+        if stats.spearmanr(self.x, self.y).pvalue >= 0.05:
+            return "no correlation seen"
+        return "holds" if self.coefficient > 0 else "the other way round"
 
 
 def claim(text, source, published, comparisons):

@@ -40,6 +40,11 @@ CASES = {
     **EVERY_METHOD,
     **CHEAPER,
     "parts-global": ({"num_micro_batches": 2}, {}),
+    "partial-global": ({"perturb": lambda v: "last" in v.path}, {}),
+    "partial-replica": (
+        {"perturb": lambda v: "last" in v.path, "perturbation_scope": "replica"},
+        {},
+    ),
     "parts-replica": ({"num_micro_batches": 2, "perturbation_scope": "replica"}, {}),
     "second_order-global": ({}, {"second_order": True}),
     "batchnorm-replica": ({"perturbation_scope": "replica"}, {"network": "batchnorm_net"}),
@@ -72,6 +77,8 @@ ALL_CASES = {"tensorflow": "mirrored", "jax": "data_parallel", "torch": "process
 
 def cases(backend, topology):
     names = CASES if topology == ALL_CASES[backend] else FEW
+    if topology == "model_parallel":  # Here the layouts are those of the methods.
+        names = dict.fromkeys((*names, *(f"{method}-global" for method in METHODS)))
     # A sharded batch of JAX must divide by the number of devices; only on TensorFlow
     # is there something to see about XLA.
     left_out = {"jax": ("uneven", "jit"), "tensorflow": (), "torch": ("jit",)}[backend]

@@ -1,0 +1,89 @@
+"""An adversary for each m examples."""
+
+import numpy as np
+from results import (
+    NUMBERS,
+    SAM,
+    Comparison,
+    claim,
+    entries,
+    mean_and_error,
+    panels,
+    setting_text,
+    text_of,
+)
+
+SHOWN = ("accuracy", "loss")
+
+
+def finals(content):
+    """The final trainings by method and m, SGD first, then SAM by falling m."""
+    settings = content["settings"]
+    keys = [("sgd", settings["batch_size"]), *(("sam", m) for m in settings["m"])]
+    return {key: entries(content, stage="final", method=key[0], m=key[1]) for key in keys}
+
+
+def claims(content):
+    number, runs = NUMBERS["accuracy"], finals(content)
+    largest, *smaller = content["settings"]["m"]
+    comparisons = [
+        Comparison(
+            *([number.read(run) for run in runs["sam", m]] for m in (one, largest)),
+            number,
+            f"m = {one} and {largest}: ",
+        )
+        for one in smaller
+    ]
+    text = "SAM is more accurate with a smaller m than with one adversary for the batch"
+    yield claim(text, SAM, "a picture", comparisons)
+
+
+def table(content):
+    numbers = [NUMBERS[name] for name in SHOWN]
+    lines = [
+        f"| | m | chosen setting | {' | '.join(number.title for number in numbers)} | seeds |",
+        "|---" * (len(numbers) + 4) + "|",
+    ]
+    for (method, m), runs in finals(content).items():
+        cells = [text_of(list(map(number.read, runs)), number) for number in numbers]
+        name, m = ("SGD", "-") if method == "sgd" else ("SAM", m)
+        setting = setting_text(runs[0]["setting"])
+        lines.append(f"| {name} | {m} | {setting} | {' | '.join(cells)} | {len(runs)} |")
+    return lines
+
+
+TABLES = {"m_sharpness": table}
+
+
+def summary(content):
+    return ["", *table(content)]
+
+
+def picture(content):
+    """The test accuracy over m, and the validation accuracy over rho that chose."""
+    figure, ((left, right),) = panels(1, 2, width=5.2)
+    runs, number = finals(content), NUMBERS["accuracy"]
+    plain, error = mean_and_error([number.read(run) for run in next(iter(runs.values()))])
+    left.axhline(plain, color="C0", label="SGD, the best learning rate")
+    left.axhspan(plain - error, plain + error, color="C0", alpha=0.15, lw=0)
+    ms = content["settings"]["m"]
+    means, errors = zip(
+        *(mean_and_error([number.read(run) for run in runs["sam", m]]) for m in ms), strict=True
+    )
+    left.errorbar(ms, means, errors, marker="o", color="C1", capsize=3, label="SAM, the best rho")
+    left.set(xscale="log", xlabel="m, examples per adversary", ylabel="test accuracy, %")
+    left.set_xticks(ms, [str(m) for m in ms])
+    left.minorticks_off()
+    left.legend(frameon=False)
+    for i, m in enumerate(ms):
+        found = entries(content, stage="search", method="sam", m=m)
+        rhos = sorted({run["setting"]["rho"] for run in found})
+        values = [
+            np.mean([100 * r["validation_accuracy"] for r in found if r["setting"]["rho"] == rho])
+            for rho in rhos
+        ]
+        right.plot(rhos, values, marker="o", color=f"C{i + 1}", label=f"m = {m}")
+    right.set(xlabel="rho", xscale="log", ylabel="validation accuracy, %")
+    right.set_title("where rho was searched (labels as wrong)", loc="left", fontsize=10)
+    right.legend(frameon=False, fontsize=8)
+    return figure
