@@ -172,15 +172,16 @@ def _panel(panel, found):
     (sam,) = (row for row in found if row.name == "sam")
     on_front = front(found)
     cost = {row.name: np.median(row.cost) for row in found}
+    # Who loses by far would press all others together, and stands at the edge.
+    low = -0.75 * abs(sam.gain.mean())
+    height = {row.name: max(row.gain.mean(), low) for row in found}
     panel.axhline(SHARE * sam.gain.mean(), color="gray", ls=":", lw=1)
     panel.annotate(
         f"{SHARE:.0%} of SAM's gain",
-        (1, SHARE * sam.gain.mean()),
+        (0, SHARE * sam.gain.mean()),
         xycoords=("axes fraction", "data"),
-        xytext=(-2, -2),
+        xytext=(2, 2),
         textcoords="offset points",
-        ha="right",
-        va="top",
         color="gray",
         fontsize=8,
     )
@@ -194,31 +195,36 @@ def _panel(panel, found):
         lw=1.5,
     )
     for row in found:
-        error = None if row.name == "sgd" else stats.sem(row.gain)
         color = "C1" if row in on_front else "C0"
+        if row.gain.mean() < low:
+            panel.plot(cost[row.name], low, "v", color=color, ms=6)
+            continue
+        error = None if row.name == "sgd" else stats.sem(row.gain)
         panel.errorbar(
             cost[row.name], row.gain.mean(), error, fmt="o", ms=5, color=color, capsize=2, lw=1
         )
     panel.spines[["top", "right"]].set_visible(False)
     panel.set_xlabel("cost, CPU time of SGD = 1")
-    _label(panel, found, cost)
+    _label(panel, found, cost, height)
 
 
-def _label(panel, found, cost):
+def _label(panel, found, cost, height):
     """The names in a column at the right, far enough apart, each with a line to its point."""
-    found = sorted(found, key=lambda row: row.gain.mean())
+    found = sorted(found, key=lambda row: (height[row.name], row.gain.mean()))
     low, high = panel.get_ylim()
-    gap = (high - low) / 17
-    steps = gap * np.arange(len(found))
-    places = np.maximum.accumulate([row.gain.mean() for row in found] - steps) + steps
-    places -= max(0.0, places[-1] - high)
+    steps = (high - low) / 17 * np.arange(len(found))
+    # As high as its point, pushed up by those below; what is too high then is pushed down.
+    places = np.maximum.accumulate([height[row.name] for row in found] - steps) + steps
+    places = np.minimum(places, high - steps[::-1])
     left, right = panel.get_xlim()
     column = right + 0.06 * (right - left)
     for row, y in zip(found, places, strict=True):
-        panel.plot(
-            [cost[row.name], column], [row.gain.mean(), y], color="gray", lw=0.4, clip_on=False
-        )
-        panel.text(column, y, f" {title(row.name)}", va="center", fontsize=8, clip_on=False)
+        point = height[row.name]
+        panel.plot([cost[row.name], column], [point, y], color="gray", lw=0.4, clip_on=False)
+        name = title(row.name)
+        if row.gain.mean() < point:
+            name += f", {row.gain.mean():.0f}"
+        panel.text(column, y, f" {name}", va="center", fontsize=8, clip_on=False)
     panel.set(xlim=(left, right), ylim=(low, high))
 
 

@@ -309,7 +309,7 @@ def test_it_takes_two_gradients_and_three_in_doubt(operator, build):
 # The evidence
 
 
-def evidence(product, noise=0.0, move=1.0):
+def evidence(product, noise=0.0, move=1.0, pulled=0.0):
     """`certify` of a product with a matrix of 7 rows, by gradients in float32 with some noise."""
     model = models.mlp(features=1, units=2)
     rng = np.random.default_rng(0)
@@ -320,7 +320,13 @@ def evidence(product, noise=0.0, move=1.0):
         return 0.01 + move * (matrix @ v) + noise * rng.normal(size=7)
 
     return certify(
-        lambda v: product(matrix, v), gradient, np.ones(7), model.trainable_variables, model, 4.0
+        lambda v: product(matrix, v),
+        gradient,
+        lambda: np.full(7, pulled),
+        np.ones(7),
+        model.trainable_variables,
+        model,
+        4.0,
     )
 
 
@@ -362,3 +368,16 @@ def test_a_few_examples_take_turns_in_a_batch_of_the_same_shape():
     assert sample_weight is None
     odd = (np.arange(5), np.arange(4), None)
     assert few_examples(odd) is odd
+
+
+def test_what_is_known_by_heart_is_no_evidence():
+    """There a gradient is the difference of two numbers of about 1, and moves by their last digit.
+
+    The right product is much smaller than that digit over h, as with a ReLU network that knew
+    500 images by heart.
+    """
+    with pytest.raises(ValueError, match="is wrong"):
+        evidence(np.matmul, move=0.0)
+    assert not evidence(np.matmul, move=0.0, pulled=1e6).verified
+    with pytest.raises(ValueError, match="is wrong"):
+        evidence(lambda matrix, v: 1.1 * matrix @ v, pulled=0.01)

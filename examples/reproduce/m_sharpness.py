@@ -6,7 +6,7 @@
 Foret et al., 2021, report that SAM generalizes better where each m examples have an adversary of
 their own (on several devices, each its part of the batch), and the better the smaller m is. Here on
 images of which 40 % have a wrong label, in batches of 64, which `num_micro_batches` splits in parts
-of 64, 16, 4 and 1; rho is searched for each m. Twelve minutes of CPU time.
+of 64, 16, 4 and 1; rho is searched for each m. Five minutes of CPU time.
 """
 
 import command

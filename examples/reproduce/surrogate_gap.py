@@ -7,7 +7,7 @@ Zhuang et al., 2022: near a minimum the largest eigenvalue of the Hessian is abo
 h is the gap between the highest loss within rho and the loss (lemma 3); but the perturbed loss
 itself, which SAM minimizes, may be lower in the sharper of two minima (lemma 1). Here both are
 looked at in networks that SGD and SAM have trained with several learning rates, until they know 500
-images by heart. Four minutes of CPU time.
+images by heart. Half a minute of CPU time.
 """
 
 import command

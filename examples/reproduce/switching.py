@@ -7,7 +7,7 @@ Andriushchenko and Flammarion, 2022, report that what happens late decides: SAM 
 a training is nearly as good as all along, SAM in the first part only is nearly lost, and SAM
 that starts at a minimum of plain training still improves it. Here with 40 % wrong labels, on the
 network of label_noise.py; all contestants have its usual learning rate, and rho is searched for
-each moment. Half an hour of CPU time.
+each moment. Twenty minutes of CPU time.
 """
 
 import command

@@ -73,7 +73,7 @@ def few_examples(batch):
     return keras.tree.map_structure(lambda a: None if a is None else a[turns], batch)
 
 
-def certify(product, gradient, w, variables, model, factor):
+def certify(product, gradient, response, w, variables, model, factor):
     """Compare products with differences of gradients, and refuse what is wrong.
 
     ```
@@ -88,6 +88,11 @@ def certify(product, gradient, w, variables, model, factor):
         product: function of an array, `v -> H v`.
         gradient: function of an array, `v -> g(w + v)`, of which the product
             is the derivative at zero.
+        response: function without arguments that returns an array, the
+            gradient where the loss pulls each output by about 1. Of a
+            cross-entropy, no output is pulled by more; and what is pulled by
+            almost nothing, since its example is known by heart, is so by the
+            difference of two numbers of about 1, rounded as these are.
         w: array, the weights.
         variables: the variables of the model that the entries stand for.
         model: the `keras.Model`.
@@ -120,8 +125,8 @@ def certify(product, gradient, w, variables, model, factor):
             here = gradient(0 * v)
             # For a smooth loss the first term is of the order of h. Where a gradient does not move
             # by as much as its last digit, the differences are zero, and so is that term.
-            noise = layers.floored_norms(plus - 2 * here + minus) + eps * layers.norms(here)
-            noise = noise / (h * scale)
+            digit = eps * (layers.norms(here) + layers.norms(response()))
+            noise = (layers.floored_norms(plus - 2 * here + minus) + digit) / (h * scale)
         return error, noise
 
     error, noise = compare(v, hv)

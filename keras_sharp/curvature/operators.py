@@ -59,6 +59,7 @@ class _Operator:
         self._linearized = engine.linearized(matrix, *fns)
         self._anew = self._surface.compiled(lambda w, v, *args: matrix(*fns, w, *args)(v))
         self._gradient = self._surface.compiled(gradient)
+        self._response = self._surface.compiled(self._gradient_of_outputs)
         self.refresh()
 
     def _matrix(self):
@@ -113,11 +114,28 @@ class _Operator:
         return certify_product(
             lambda v: flat(multiply(self.as_weights(v))),
             gradient,
+            lambda: flat(self._response(w, state, batch)),
             np.concatenate([np.ravel(ops.convert_to_numpy(t)) for t in w]),
             self.variables,
             surface.model,
             self._step,
         )
+
+    def _gradient_of_outputs(self, w, state, batch):
+        """What the outputs do, if they are pulled by 1 up or down, on average over the examples."""
+
+        def pulled(w):
+            with self._surface.scope(w, state):
+                outputs = self.model(batch[0], training=False)
+            total = 0.0
+            for z in keras.tree.flatten(outputs):
+                if keras.backend.is_float_dtype(z.dtype):
+                    units = z.shape[-1] if len(z.shape) > 1 else None
+                    signs = np.random.default_rng(0).choice([-1.0, 1.0], units or 1)
+                    total += ops.sum(ops.mean(z * ops.cast(signs, z.dtype), axis=0))
+            return total, None
+
+        return engine.value_and_gradient(pulled, w)[1]
 
     def matvec(self, v):
         """The product with one vector.

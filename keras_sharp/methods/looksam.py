@@ -25,6 +25,11 @@ class LookSAM(Method):
     gradients per step at every k-th step, and one at all others: `1 + 1 / k` on
     average. With gradient accumulation, a step is a batch.
 
+    The paper trains with batches of thousands. With batches of 64, of which
+    many had a wrong label, it ended below plain SGD in this package's
+    benchmark (docs/how_to/cheaper.md): what is remembered of one batch is
+    added to `k - 1` others with a length of `alpha` gradients, whatever rho is.
+
     Args:
         rho: the radius of the ball, in units of the weights: a float >= 0, a
             `keras.optimizers.schedules.LearningRateSchedule`, or a function
