@@ -445,9 +445,9 @@ def test_the_scripts_run(name, tmp_path):
     assert content["settings"]["backend"] == BACKEND
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     stored = results.load(results.RESULTS, name)["runs"]
-    found = {run["method"] for run in content["runs"]}
-    assert found <= {run["method"] for run in stored}
-    assert {"sgd", "gd"} & found
+    found, all_of_them = ({run["method"] for run in runs} for runs in (content["runs"], stored))
+    # Where each moment is a contestant, one is enough to see.
+    assert found < all_of_them if name == "switching" else found == all_of_them
     # What is done is not done again, and another size is refused.
     if name == "moons":
         assert "[" not in run(name, tmp_path, "--quick")
