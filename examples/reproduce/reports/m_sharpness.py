@@ -84,6 +84,8 @@ def picture(content):
         ]
         right.plot(rhos, values, marker="o", color=f"C{i + 1}", label=f"m = {m}")
     right.set(xlabel="rho", xscale="log", ylabel="validation accuracy, %")
+    right.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
+    right.minorticks_off()
     right.set_title("where rho was searched (labels as wrong)", loc="left", fontsize=10)
     right.legend(frameon=False, fontsize=8)
     return figure

@@ -78,11 +78,12 @@ def picture(content):
     for color, method in zip(("C0", "C1", "C2"), METHODS, strict=True):
         draw(right, factors, accuracies(content, method), color=color, label=NAMES[method])
     right.set(ylabel="test accuracy, %")
+    right.margins(y=0.25)  # The legend needs a place.
     for panel in (left, right):
         panel.set(xscale="log", xlabel="c")
         panel.set_xticks(factors, [f"{c:g}" for c in factors])
         panel.minorticks_off()
-        panel.legend(frameon=False)
+        panel.legend(frameon=False, loc="upper right", fontsize=9)
     return figure
 
 

@@ -80,7 +80,7 @@ def picture(content):
     left.plot([], [], color="gray", ls="--", label="of one batch size, mean")
     left.axhline(0, color="gray", lw=1)
     left.set(xscale="log", xlabel="rho", ylabel="rank correlation with the test error")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc="upper right")
     measure = max(
         (name for of_m in names.values() for name in of_m),
         key=lambda name: correlation(runs, name).coefficient,
