@@ -7,12 +7,17 @@ prints the tables, and draws docs/pareto.png anew, from results/pareto_*.json.
 
 import json
 import pathlib
+import sys
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples" / "reproduce"))
+
+from results import NUMBERS, entries  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "pareto.png"
 
@@ -59,16 +64,17 @@ def load(folder=RESULTS):
 def rows(content):
     """A `Row` for each contestant whose trainings and cost are complete, by their cost."""
     runs, seconds = content["runs"], content["cpu_s"]
-    plain, usual = (_accuracies(runs, stage, "sgd") for stage in ("final", "control"))
+    plain, usual = (_accuracies(content, stage, "sgd") for stage in ("final", "control"))
     found = []
     for name in dict.fromkeys(run["method"] for run in runs):
-        accuracies = _accuracies(runs, "final", name)
+        accuracies = _accuracies(content, "final", name)
         if len(accuracies) < len(usual) or name not in seconds:
             continue
-        tried = [_number(run) for run in runs if run["method"] == name if run["stage"] == "search"]
-        (chosen,) = {
-            _number(run) for run in runs if run["method"] == name if run["stage"] == "final"
-        }
+        tried, chosen = (
+            {_number(run) for run in entries(content, stage=stage, method=name)}
+            for stage in ("search", "final")
+        )
+        (chosen,) = chosen
         found.append(
             Row(
                 name,
@@ -82,11 +88,10 @@ def rows(content):
     return sorted(found, key=lambda row: (row.name != "sgd", np.median(row.cost)))
 
 
-def _accuracies(runs, stage, method):
+def _accuracies(content, stage, method):
     """In percent, in the order of the seeds."""
-    found = [run for run in runs if run["stage"] == stage and run["method"] == method]
-    found.sort(key=lambda run: run["seed"])
-    return np.array([100 * run["test_accuracy"] for run in found])
+    runs = entries(content, stage=stage, method=method)
+    return np.array([NUMBERS["accuracy"].read(run) for run in runs])
 
 
 def _number(run):

@@ -156,12 +156,6 @@ class Policy(Method):
         """Whether there is a time at which the policy does not ask at all."""
         return isinstance(self.method, Policy) and self.method.waits
 
-    def get_config(self):
-        return {
-            "method": methods.serialize(self.method),
-            **{name: setting.config() for name, setting in self.own_settings.items()},
-        }
-
 
 @keras.saving.register_keras_serializable(package="keras_sharp")
 class Every(Policy):
@@ -196,9 +190,6 @@ class Every(Policy):
 
     def asks(self, objective, w):
         return objective.step % self.k == 0
-
-    def get_config(self):
-        return {**super().get_config(), "k": self.k}
 
 
 class _Moment(Policy):
@@ -410,6 +401,3 @@ class WhenGradientNorm(Policy):
         condition = squared >= mean + ops.cast(c, mean.dtype) * ops.sqrt(variance)
         direction, inner, *rest = self._ask_if(condition, objective, w, inner, hyperparameters)
         return direction, [mean, variance, ops.ones_like(began), *inner], *rest
-
-    def get_config(self):
-        return {**super().get_config(), "decay": self.decay}

@@ -727,11 +727,11 @@ def test_an_operator_stays_where_it_was_until_it_is_refreshed(mode):
         np.testing.assert_allclose(after, curvature.HessianOperator(model, x, y) @ v, atol=1e-5)
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch compiles nothing")
+@models.on("tensorflow", "jax")
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["compiled"], indirect=True)
 @pytest.mark.parametrize("batch_size", [11, 4])
 def test_nothing_is_compiled_again(batch_size, mode):
-    if mode == "as_written":
-        pytest.skip("nothing is compiled")
     calls = []
 
     class Counting(layers.Layer):

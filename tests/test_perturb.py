@@ -201,11 +201,17 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("perturbed", ["kernel", "bias"])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    ("name", "perturbed"),
+    [
+        (name, perturbed)
+        for name in RULES
+        for perturbed in ("kernel", "bias")
+        # Of one number, the bias, to climb twice is to climb once.
+        if (name, perturbed) != ("climbs_twice", "bias")
+    ],
+)
 def test_a_training_is_that_of_the_formula(name, perturbed):
-    if (name, perturbed) == ("climbs_twice", "bias"):
-        pytest.skip("one number: to climb twice is to climb once")
     make, rule = RULES[name]
     inner = models.linear(use_bias=True)
     w = np.random.default_rng(3).normal(size=(4, 1))

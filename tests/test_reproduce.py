@@ -197,7 +197,8 @@ def toy_front(**accuracies):
         seconds[method] = [0.1 * int(tenths), 0.3 * int(tenths)]
         setting = {"learning_rate": 0.1, "rho": 0.2}
         tried = [{**setting, "rho": rho} for rho in (0.1, 0.2, 0.4)]
-        runs += [{"stage": "search", "method": method, "setting": one} for one in tried]
+        search = {"stage": "search", "method": method, "seed": 100}
+        runs += [{**search, "setting": one} for one in tried]
         stages = ("final", "control") if method == "sgd" else ("final",)
         for stage in stages:
             for seed in (1, 0):

@@ -232,10 +232,9 @@ def test_unseeded_random_numbers_are_the_same_in_all_passes_and_new_in_each_step
     assert len({float(loss) for loss in losses[0]}) == 3
 
 
+@models.on("jax")
 @COMPILED
 def test_unseeded_random_numbers_on_jax_are_refused_as_keras_refuses_them():
-    if BACKEND != "jax":
-        pytest.skip("only JAX refuses them")
     wrapper = SharpnessAwareModel(keras.Sequential([models.Noise(), layers.Dense(1)]))
     wrapper.compile("sgd", "mse")
     with pytest.raises(ValueError, match="SeedGenerator"):
@@ -810,12 +809,14 @@ def test_the_package_root_has_the_wrapper():
     assert keras_sharp.SharpnessAwareModel is SharpnessAwareModel
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    "jit_compile",
+    # torch.compile has nothing to do with it.
+    [False, pytest.param(True, marks=models.on("tensorflow", "jax"))],
+)
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
 def test_the_gradient_of_an_embedding_is_summed_by_row(num_micro_batches, jit_compile):
     """Of a token that occurs twice, Adam squares the sum; plain Keras on TensorFlow does not."""
-    if BACKEND == "torch" and jit_compile:
-        pytest.skip("torch.compile has nothing to do with it")
     model = keras.Sequential([keras.Input((2,), dtype="int32"), keras.layers.Embedding(4, 1)])
     (start,) = model.get_weights()
     x, y = np.array([[1, 1], [1, 2]]), np.array([[[3.0], [5.0]], [[-1.0], [2.0]]], "float32")

@@ -309,10 +309,10 @@ def test_trackers_of_the_losses_of_several_outputs_do_not_move():
     assert all(float(ops.sum(v)) == 0.0 for v in model.metrics_variables)
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch compiles nothing")
+@models.on("tensorflow", "jax")
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["compiled"], indirect=True)
 def test_it_compiles_once_per_shape_of_a_batch(mode):
-    if mode == "as_written":
-        pytest.skip("nothing is compiled")
     traces = []
 
     class Counting(layers.Layer):
@@ -496,10 +496,10 @@ def test_a_loss_that_depends_on_the_split_is_refused_with_several_batches(case):
         several.loss(several.weights)
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="a warning of TensorFlow")
+@models.on("tensorflow")  # It is a warning of TensorFlow.
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["compiled"], indirect=True)
 def test_many_surfaces_are_not_taken_for_one_that_is_traced_too_often(mode):
-    if mode == "as_written":
-        pytest.skip("nothing is compiled")
     import tensorflow as tf
 
     messages, handler = [], logging.Handler()

@@ -60,19 +60,14 @@ VARIANTS = {
 }
 
 
-def settings_of(variant):
-    """As many values of one number for each variant."""
-    name, ends = ("learning_rate", "learning_rates") if variant == "sgd" else ("rho", "rhos")
-    return noise.around(name, SETTINGS[ends], SETTINGS["searched"], SETTINGS["learning_rate"])
-
-
 def main():
     total = len(VARIANTS) * (SETTINGS["searched"] * SETTINGS["search_seeds"] + SEEDS)
     study = Study(args.output / "inner_maximization.json", SETTINGS, total)
     trainer, epochs = noise.make_small_trainer(SETTINGS, VARIANTS), SETTINGS["epochs"]
     searched_with = range(100, 100 + SETTINGS["search_seeds"])  # The final trainings have others.
     for variant in VARIANTS:
-        best = study.search(trainer, variant, settings_of(variant), epochs, searched_with)
+        settings = noise.small_settings_of(variant, SETTINGS)
+        best = study.search(trainer, variant, settings, epochs, searched_with)
         for seed in range(SEEDS):
             study.run(trainer, "final", variant, best, seed, epochs)
     report.show(args.output, "inner_maximization")

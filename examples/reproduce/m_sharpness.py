@@ -44,10 +44,7 @@ def main():
     searched_with = range(100, 100 + SETTINGS["search_seeds"])
     for method, m in contestants:
         trainer = noise.make_small_trainer(SETTINGS, num_micro_batches=SETTINGS["batch_size"] // m)
-        name, ends = ("learning_rate", "learning_rates") if method == "sgd" else ("rho", "rhos")
-        settings = noise.around(
-            name, SETTINGS[ends], SETTINGS["searched"], SETTINGS["learning_rate"]
-        )
+        settings = noise.small_settings_of(method, SETTINGS)
         where = {"epochs": SETTINGS["epochs"], "m": m}
         best = study.search(trainer, method, settings, seeds=searched_with, **where)
         for seed in range(SEEDS):

@@ -37,13 +37,29 @@ def settings(quick, shares):
     }
 
 
-def make_trainer(settings, share, contestants=None):
-    """A trainer for a share of wrong labels; see `Trainer` for the contestants."""
+def load(settings, share):
+    """Images, of which a share of those to train and to validate with has a wrong label.
+
+    Args:
+        settings: dictionary with `"data"`, and with the numbers of images,
+            `"train"`, `"validation"` and `"test"`.
+        share: Float, how many are wrong.
+
+    Returns:
+        A pair: the data, as `Trainer` takes them; and where the wrong labels
+        are among those to train with, an array of integers.
+    """
     n, more = settings["train"], settings["validation"]
     (x, y), test = datasets.load_images(settings["data"], n + more, settings["test"])
     labels = datasets.mislabel(y, share)
-    wrong = np.flatnonzero(labels[:n] != y[:n])
-    train, validation = (x[:n], labels[:n]), (x[n:], labels[n:])
+    data = {"train": (x[:n], labels[:n]), "validation": (x[n:], labels[n:]), "test": test}
+    return data, np.flatnonzero(labels[:n] != y[:n])
+
+
+def make_trainer(settings, share, contestants=None):
+    """A trainer for a share of wrong labels; see `Trainer` for the contestants."""
+    data, wrong = load(settings, share)
+    x, labels = data["train"]
 
     def make_network():
         return datasets.make_network(x.shape[1:], settings["filters"])
@@ -55,15 +71,15 @@ def make_trainer(settings, share, contestants=None):
     def follow(network):
         memorized = accuracy(network, x[wrong], labels[wrong]) if len(wrong) else 0.0
         return {
-            "test_accuracies": accuracy(network, *test),
-            "validation_accuracies": accuracy(network, *validation),
+            "test_accuracies": accuracy(network, *data["test"]),
+            "validation_accuracies": accuracy(network, *data["validation"]),
             "memorized": memorized,
         }
 
     return Trainer(
         make_network,
         LOSS,
-        {"train": train, "validation": validation, "test": test},
+        data,
         settings["batch_size"],
         follow=follow,
         contestants=contestants,
@@ -80,34 +96,20 @@ def make_small_trainer(settings, contestants=None, **options):
         contestants: see `Trainer`.
         **options: further arguments of `Trainer`.
     """
-    n, more = settings["train"], settings["validation"]
-    (x, y), (x_test, y_test) = datasets.load_images(settings["data"], n + more, settings["test"])
-    labels = datasets.mislabel(y, settings["share"])
-
-    def small(images):
-        """Every other pixel of the larger ones."""
-        every = images.shape[1] // settings["pixels"]
-        return images[:, ::every, ::every]
-
-    x, x_test = small(x), small(x_test)
+    data, _ = load(settings, settings["share"])
+    # Every other pixel of the larger images.
+    every = data["test"][0].shape[1] // settings["pixels"]
+    data = {name: (x[:, ::every, ::every], y) for name, (x, y) in data.items()}
+    shape = data["test"][0].shape[1:]
 
     def make_network():
         hidden = [keras.layers.Dense(settings["width"], "relu") for _ in range(2)]
         return keras.Sequential(
-            [keras.Input(x.shape[1:]), keras.layers.Flatten(), *hidden, keras.layers.Dense(10)]
+            [keras.Input(shape), keras.layers.Flatten(), *hidden, keras.layers.Dense(10)]
         )
 
     return Trainer(
-        make_network,
-        LOSS,
-        {
-            "train": (x[:n], labels[:n]),
-            "validation": (x[n:], labels[n:]),
-            "test": (x_test, y_test),
-        },
-        settings["batch_size"],
-        contestants=contestants,
-        **options,
+        make_network, LOSS, data, settings["batch_size"], contestants=contestants, **options
     )
 
 
@@ -123,3 +125,9 @@ def around(name, ends, searched, usual=USUAL):
     """Settings with the values of one number, evenly spread on a logarithmic scale."""
     values = np.geomspace(*ends, searched)
     return [{"learning_rate": usual, name: float(f"{value:.3g}")} for value in values]
+
+
+def small_settings_of(method, settings):
+    """The same with the ranges of a study with `make_small_trainer`."""
+    name, ends = ("learning_rate", "learning_rates") if method == "sgd" else ("rho", "rhos")
+    return around(name, settings[ends], settings["searched"], settings["learning_rate"])

@@ -252,11 +252,15 @@ def methods(content, names, data=None, times=1):
         found = entries(content, stage=stage, method=method, epochs=epochs, data=data)
         if not found:  # Not each experiment has a control.
             continue
-        cells = [text_of([NUMBERS[n].read(e) for e in found], NUMBERS[n]) for n in names]
         title = f"*{NAMES[method]}, control*" if stage == "control" else NAMES[method]
-        setting = setting_text(found[0]["setting"])
-        lines.append(f"| {title} | {setting} | {' | '.join(cells)} | {len(found)} |")
+        lines.append(row(title, found, names))
     return lines
+
+
+def row(title, runs, names):
+    """A row of a table: a title, the setting that these runs share, their numbers, and how many."""
+    cells = [text_of([NUMBERS[n].read(run) for run in runs], NUMBERS[n]) for n in names]
+    return f"| {title} | {setting_text(runs[0]['setting'])} | {' | '.join(cells)} | {len(runs)} |"
 
 
 def setting_text(setting):
@@ -310,3 +314,22 @@ def dots(panel, content, number, **where):
     panel.set_yticks(range(len(present)), [NAMES[m] for m in present])
     panel.invert_yaxis()
     panel.set_xlabel(f"{number.title}{',' + number.unit if number.unit else ''}")
+
+
+def search_over_rho(panel, content, label, color, **where):
+    """The validation accuracy over the rho that were tried: means over the seeds."""
+    accuracies = {}
+    for run in entries(content, stage="search", **where):
+        if "rho" in run["setting"]:
+            seen = accuracies.setdefault(run["setting"]["rho"], [])
+            seen.append(100 * run["validation_accuracy"])
+    if not accuracies:  # SGD has none.
+        return
+    rhos = sorted(accuracies)
+    means = [np.mean(accuracies[rho]) for rho in rhos]
+    panel.plot(rhos, means, marker="o", color=color, label=label)
+    panel.set(xlabel="rho", xscale="log", ylabel="validation accuracy, %")
+    panel.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
+    panel.minorticks_off()
+    panel.set_title("where rho was searched (labels as wrong)", loc="left", fontsize=10)
+    panel.legend(frameon=False, fontsize=8)

@@ -50,7 +50,6 @@ def make_trainer(batch_size):
         del network  # The surfaces read the weights that it has now.
         found = {}
         for m, surface in surfaces.items():
-            # With one adversary for all, its batch is all data.
             for rho in SETTINGS["radii"]:
                 found[f"m {m or 'all'}, rho {rho:g}"] = sharpness.m_sharpness(
                     surface, rho=rho, steps=SETTINGS["steps"]

@@ -81,8 +81,9 @@ def certify(product, gradient, response, w, variables, model, factor):
     ```
 
     Takes two products and two gradients; a third one where the two differ, to
-    learn how much of that is noise. Where there is more than noise, a second
-    direction must confirm it.
+    learn how much of that is noise. Where there is more than noise, the
+    gradient of the outputs tells how they are rounded, and a second direction
+    must confirm it.
 
     Args:
         product: function of an array, `v -> H v`.
@@ -125,8 +126,10 @@ def certify(product, gradient, response, w, variables, model, factor):
             here = gradient(0 * v)
             # For a smooth loss the first term is of the order of h. Where a gradient does not move
             # by as much as its last digit, the differences are zero, and so is that term.
-            digit = eps * (layers.norms(here) + layers.norms(response()))
-            noise = (layers.floored_norms(plus - 2 * here + minus) + digit) / (h * scale)
+            noise = layers.floored_norms(plus - 2 * here + minus) + eps * layers.norms(here)
+            noise = noise / (h * scale)
+            if np.any(_excess(error, noise, tolerance) > WEAK):
+                noise = noise + eps * layers.norms(response()) / (h * scale)
         return error, noise
 
     error, noise = compare(v, hv)

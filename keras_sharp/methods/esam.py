@@ -98,4 +98,4 @@ class ESAM(Method):
     def get_config(self):
         config = super().get_config()
         del config["ascent_steps"], config["second_order"]
-        return {**config, "beta": self.beta, "gamma": self.gamma}
+        return config

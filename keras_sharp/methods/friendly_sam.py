@@ -70,6 +70,3 @@ class FriendlySAM(Method):
         direction = self.gradient_at_adversary(objective, w, g, rho, along=noise)
         average = vectors.add_scaled(vectors.scale(self.decay, m), 1.0 - self.decay, g)
         return direction, vectors.remember(average, m)
-
-    def get_config(self):
-        return {**super().get_config(), "decay": self.decay}

@@ -83,6 +83,3 @@ class LookSAM(Method):
             return vectors.add_scaled(g, size, v), state
 
         return objective.cond(objective.step % self.k == 0, look, remember)
-
-    def get_config(self):
-        return {**super().get_config(), "k": self.k}

@@ -66,7 +66,7 @@ class Method:
         ValueError: if an argument is not one of these.
     """
 
-    #: The attributes that make the training step what it is.
+    #: The attributes that make the training step what it is, arguments of the constructor.
     _FIXED: tuple = ("neighborhood", "ascent_steps", "second_order")
 
     #: Whether the method asks for `objective.random`: there is then a seed for it.
@@ -265,10 +265,8 @@ class Method:
     def get_config(self):
         """The arguments of the constructor, as plain values."""
         return {
-            **{name: setting.config() for name, setting in self.settings.items()},
-            "neighborhood": keras.saving.serialize_keras_object(self.neighborhood),
-            "ascent_steps": self.ascent_steps,
-            "second_order": self.second_order,
+            **{name: setting.config() for name, setting in self.own_settings.items()},
+            **{n: keras.saving.serialize_keras_object(getattr(self, n)) for n in self._FIXED},
         }
 
     @classmethod

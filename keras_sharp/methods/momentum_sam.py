@@ -69,4 +69,4 @@ class MomentumSAM(Method):
     def get_config(self):
         config = super().get_config()
         del config["ascent_steps"], config["second_order"]
-        return {**config, "momentum": self.momentum}
+        return config

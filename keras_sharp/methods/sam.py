@@ -76,6 +76,3 @@ class SAM(Method):
 
     def direction(self, objective, w, g, rho):
         return self.gradient_at_adversary(objective, w, g, rho)
-
-    def get_config(self):
-        return {**super().get_config(), "ascent_share": self.ascent_share}

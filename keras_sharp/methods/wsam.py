@@ -84,6 +84,3 @@ class WSAM(Method):
         if self.decoupled:
             return g, state, vectors.scale(weight, rise)
         return vectors.add_scaled(g, weight, rise), state
-
-    def get_config(self):
-        return {**super().get_config(), "decoupled": self.decoupled}

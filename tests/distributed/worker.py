@@ -35,16 +35,19 @@ CHEAPER = {
     f"{name}-global": ({}, {"cheaper": name})
     for name in ("every", "looksam", "norm", "random", "momentum_sam", "wsam")
 }
+
+
+def is_of_last_layer(variable):
+    return "last" in variable.path
+
+
 #: What is trained: arguments of the wrapper; and of `make`, `data` and `fit`, below.
 CASES = {
     **EVERY_METHOD,
     **CHEAPER,
     "parts-global": ({"num_micro_batches": 2}, {}),
-    "partial-global": ({"perturb": lambda v: "last" in v.path}, {}),
-    "partial-replica": (
-        {"perturb": lambda v: "last" in v.path, "perturbation_scope": "replica"},
-        {},
-    ),
+    "partial-global": ({"perturb": is_of_last_layer}, {}),
+    "partial-replica": ({"perturb": is_of_last_layer, "perturbation_scope": "replica"}, {}),
     "parts-replica": ({"num_micro_batches": 2, "perturbation_scope": "replica"}, {}),
     "second_order-global": ({}, {"second_order": True}),
     "batchnorm-replica": ({"perturbation_scope": "replica"}, {"network": "batchnorm_net"}),

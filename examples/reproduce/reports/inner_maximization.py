@@ -1,6 +1,5 @@
 """More ascent steps, and the second-order term."""
 
-import numpy as np
 from results import (
     NAMES,
     SAM,
@@ -8,10 +7,10 @@ from results import (
     claim,
     compared,
     dots,
-    entries,
     every_table,
     methods,
     panels,
+    search_over_rho,
 )
 
 SHOWN = ("accuracy", "loss")
@@ -40,15 +39,5 @@ def picture(content):
     dots(left, content, "accuracy")
     present = list(dict.fromkeys(run["method"] for run in content["runs"]))
     for i, method in enumerate(present):
-        runs = entries(content, stage="search", method=method)
-        rhos = sorted({run["setting"]["rho"] for run in runs if "rho" in run["setting"]})
-        means = [
-            np.mean([100 * r["validation_accuracy"] for r in runs if r["setting"]["rho"] == rho])
-            for rho in rhos
-        ]
-        if rhos:
-            right.plot(rhos, means, marker="o", color=f"C{i}", label=NAMES[method])
-    right.set(xlabel="rho", xscale="log", ylabel="validation accuracy, %")
-    right.set_title("where rho was searched (labels as wrong)", loc="left", fontsize=10)
-    right.legend(frameon=False, fontsize=8)
+        search_over_rho(right, content, NAMES[method], f"C{i}", method=method)
     return figure

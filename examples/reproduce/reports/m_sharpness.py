@@ -1,6 +1,5 @@
 """An adversary for each m examples."""
 
-import numpy as np
 from results import (
     NUMBERS,
     SAM,
@@ -9,8 +8,8 @@ from results import (
     entries,
     mean_and_error,
     panels,
-    setting_text,
-    text_of,
+    row,
+    search_over_rho,
 )
 
 SHOWN = ("accuracy", "loss")
@@ -39,16 +38,10 @@ def claims(content):
 
 
 def table(content):
-    numbers = [NUMBERS[name] for name in SHOWN]
-    lines = [
-        f"| | m | chosen setting | {' | '.join(number.title for number in numbers)} | seeds |",
-        "|---" * (len(numbers) + 4) + "|",
-    ]
+    titles = " | ".join(NUMBERS[name].title for name in SHOWN)
+    lines = [f"| | m | chosen setting | {titles} | seeds |", "|---" * (len(SHOWN) + 4) + "|"]
     for (method, m), runs in finals(content).items():
-        cells = [text_of(list(map(number.read, runs)), number) for number in numbers]
-        name, m = ("SGD", "-") if method == "sgd" else ("SAM", m)
-        setting = setting_text(runs[0]["setting"])
-        lines.append(f"| {name} | {m} | {setting} | {' | '.join(cells)} | {len(runs)} |")
+        lines.append(row("SGD | -" if method == "sgd" else f"SAM | {m}", runs, SHOWN))
     return lines
 
 
@@ -76,16 +69,5 @@ def picture(content):
     left.minorticks_off()
     left.legend(frameon=False)
     for i, m in enumerate(ms):
-        found = entries(content, stage="search", method="sam", m=m)
-        rhos = sorted({run["setting"]["rho"] for run in found})
-        values = [
-            np.mean([100 * r["validation_accuracy"] for r in found if r["setting"]["rho"] == rho])
-            for rho in rhos
-        ]
-        right.plot(rhos, values, marker="o", color=f"C{i + 1}", label=f"m = {m}")
-    right.set(xlabel="rho", xscale="log", ylabel="validation accuracy, %")
-    right.set_xticks(rhos, [f"{rho:g}" for rho in rhos])
-    right.minorticks_off()
-    right.set_title("where rho was searched (labels as wrong)", loc="left", fontsize=10)
-    right.legend(frameon=False, fontsize=8)
+        search_over_rho(right, content, f"m = {m}", f"C{i + 1}", method="sam", m=m)
     return figure

@@ -8,10 +8,10 @@ from results import (
     Comparison,
     claim,
     entries,
+    every_table,
     mean_and_error,
+    methods,
     panels,
-    setting_text,
-    text_of,
 )
 
 SHOWN = ("accuracy", "best", "memorized")
@@ -49,25 +49,11 @@ def claims(content):
     )
 
 
-def table(content):
-    numbers = [NUMBERS[name] for name in SHOWN]
-    lines = [
-        f"| | chosen setting | {' | '.join(number.title for number in numbers)} | seeds |",
-        "|---" * (len(numbers) + 3) + "|",
-    ]
-    for method in dict.fromkeys(run["method"] for run in content["runs"]):
-        runs = entries(content, stage="final", method=method)
-        cells = [text_of(list(map(number.read, runs)), number) for number in numbers]
-        setting = setting_text(runs[0]["setting"])
-        lines.append(f"| {NAMES[method]} | {setting} | {' | '.join(cells)} | {len(runs)} |")
-    return lines
-
-
-TABLES = {"switching": table}
+TABLES = {"switching": lambda content: methods(content, SHOWN)}
 
 
 def summary(content):
-    return ["", *table(content)]
+    return every_table(content, SHOWN)
 
 
 def picture(content):
@@ -76,9 +62,9 @@ def picture(content):
     figure, ((left, right),) = panels(1, 2, width=5.2)
     for color, which, ends in (("C1", "from", ("sam", "sgd")), ("C2", "until", ("sgd", "sam"))):
         # From the very beginning, or until the very end, is SAM all along.
-        methods = [ends[0], *(f"{which} {t:g}" for t in moments), ends[1]]
+        over_time = [ends[0], *(f"{which} {t:g}" for t in moments), ends[1]]
         means, errors = zip(
-            *(mean_and_error(values(content, method)) for method in methods), strict=True
+            *(mean_and_error(values(content, method)) for method in over_time), strict=True
         )
         label = {"from": "SAM from there on", "until": "SAM until there"}[which]
         left.errorbar(
